@@ -1,0 +1,1 @@
+"""raytune_ds: fine-tunes DeepSeek-family models on Ray."""

@@ -1,0 +1,82 @@
+"""The Ray this run lives on: the cluster it is submitted to, or one of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import ray
+
+from raytune_ds.config import ScalingConfig
+from raytune_ds.errors import UserError
+
+AUTO_CPU_WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The workers of a run and what each of them gets."""
+
+    num_workers: int
+    use_gpu: bool
+    cpus_per_worker: int
+
+
+def connect(debug: bool) -> str:
+    """Joins the running Ray, or starts an embedded one; says which.
+
+    Raises:
+        UserError: RAY_ADDRESS names a cluster that does not answer.
+    """
+    if ray.is_initialized():
+        return "the Ray that is running"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    level = logging.INFO if debug else logging.ERROR
+    try:
+        ray.init(address="auto", log_to_driver=debug, logging_level=level)
+    except ConnectionError as error:
+        if address := os.environ.get("RAY_ADDRESS"):
+            raise UserError(
+                f"RAY_ADDRESS = {address}: no Ray cluster answers there.\n"
+                "Start it (ray start --head), or unset RAY_ADDRESS to run on an embedded Ray."
+            ) from error
+        ray.init(address="local", log_to_driver=debug, logging_level=level, include_dashboard=False)
+        return "an embedded Ray"
+    return f"the Ray cluster at {ray.get_runtime_context().gcs_address}"
+
+
+def plan_scale(config: ScalingConfig, global_batch: int) -> Scale:
+    """The workers that the cluster has room for.
+
+    Args:
+        config: num_workers auto is one a GPU, or two where there is none.
+        global_batch: no rank may be without a slot.
+
+    Raises:
+        UserError: the cluster can never place them.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    num_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    use_gpu = num_gpus > 0 if config.use_gpu == "auto" else config.use_gpu
+    room = sum(_room(node, use_gpu, config.cpus_per_worker) for node in nodes)
+    if config.num_workers == "auto":
+        wanted = min(room, global_batch) if use_gpu else min(room, global_batch, AUTO_CPU_WORKERS)
+    else:
+        wanted = config.num_workers
+    if room < max(1, wanted):
+        num_cpus = sum(int(node.get("CPU", 0)) for node in nodes)
+        each = f"{config.cpus_per_worker} CPU" + (" and a GPU" if use_gpu else "")
+        raise UserError(
+            f"scaling.num_workers = {config.num_workers}: the cluster has room for {room} workers with {each} each: "
+            f"{len(nodes)} node{'s' * (len(nodes) != 1)}, {num_cpus} CPUs, {num_gpus} GPUs.\n"
+            "Ask for fewer workers, lower scaling.cpus_per_worker"
+            + (", set scaling.use_gpu=false" if use_gpu else "")
+            + ", or add nodes."
+        )
+    return Scale(wanted, use_gpu, config.cpus_per_worker)
+
+
+def _room(node: dict[str, float], use_gpu: bool, cpus_per_worker: int) -> int:
+    by_cpu = int(node.get("CPU", 0)) // cpus_per_worker
+    return min(by_cpu, int(node.get("GPU", 0))) if use_gpu else by_cpu

@@ -1,0 +1,558 @@
+"""The config tree: what a run is asked to do, checked in full before anything is started.
+
+Strict (an unknown key is an error), frozen (a run cannot change its mind halfway) and free of torch, ray and
+transformers, so that a mistake is answered at once. Each check stands beside its field; one that needs two
+fields stands beside the later one. A constructor raises `pydantic.ValidationError`; `raytune_ds.compose`
+turns that into messages that name the key and where its value came from.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self, get_args
+from urllib.parse import parse_qsl, urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+TINY_MODELS = ("tiny:deepseek-v2", "tiny:deepseek-v3", "tiny:qwen2", "tiny:llama")
+
+# words that make a key a secret's name; used here for URIs and by compose for unknown keys
+SECRET_NAME = re.compile(
+    r"(api|access|private)[_-]?key|secret|passw(or)?d|passphrase|credential|(^|[_-])(auth|token)$",
+    re.IGNORECASE,
+)
+
+Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+def types_in(annotation: Any) -> Iterator[Any]:
+    """Every plain type and literal value that an annotation is made of, however deep."""
+    if not get_args(annotation):
+        yield annotation
+    for part in get_args(annotation):
+        yield from types_in(part)
+
+
+def about(key: str, message: str) -> PydanticCustomError:
+    """An error of a whole section that is really about its field `key`; compose reports it under that key."""
+    return PydanticCustomError("about", "{message}", {"key": key, "message": message})
+
+
+def holds_credentials(text: str) -> bool:
+    """Whether a URI carries a password or a key: in `user:password@host` or in its query."""
+    try:
+        uri = urlsplit(text)
+    except ValueError:  # brackets that are no IPv6 address: a path or a pattern, not a URI
+        return False
+    user_info, at, _ = uri.netloc.rpartition("@")
+    return (bool(at) and ":" in user_info) or any(
+        SECRET_NAME.search(name) for name, _ in parse_qsl(uri.query)
+    )
+
+
+def _without_credentials(text: str) -> str:
+    if holds_credentials(text):
+        raise ValueError(
+            "holds credentials, which would be written to config.json; take them out and set them in the "
+            "environment of the nodes instead"
+        )
+    return text
+
+
+class Section(BaseModel):
+    """Base of every section: no unknown keys, no changes afterwards, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_flag_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read true as 1: `micro_batch: true` is a mistake, not a batch of one
+        if isinstance(value, bool) and info.field_name:
+            types = set(types_in(cls.model_fields[info.field_name].annotation))
+            if bool not in types and types & {int, float}:
+                raise ValueError("takes a number, not true or false")
+        return value
+
+
+class RunConfig(Section):
+    """The run's name, where its files go, and how it begins."""
+
+    name: str | None = Field(
+        default=None,
+        max_length=128,
+        description="Name of the run and of its directory: letters, digits, '.', '_' and '-', not "
+        "beginning with a dot. null: made from model, data and time, so that two runs never"
+        " share a directory by accident.",
+    )
+    storage: Text = Field(
+        default="~/raytune_ds",
+        description="Directory that holds all runs: a path or any URI pyarrow opens (s3://, gs://, "
+        "hdfs://). The home directory is writable everywhere; several nodes need storage "
+        "that all of them see.",
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="Seed of data order, initial adapter weights and dropout, from 0 to 2**32 - 1. "
+        "Fixed by default, so that a run can be repeated.",
+    )
+    resume: Literal["auto", "never", "must"] = Field(
+        default="auto",
+        description="auto: go on if the run directory is there, so that the same command survives a "
+        "crash; never: refuse an existing directory; must: refuse a missing one.",
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_directory_name(cls, name: str | None) -> str | None:
+        # a leading dot is kept for our own directories (.prepared) and rules out '.' and '..'
+        if name is not None and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+            raise ValueError("use letters, digits, '.', '_' and '-' only, and no dot at the beginning")
+        return name
+
+    @field_validator("storage")
+    @classmethod
+    def _storage_without_credentials(cls, storage: str) -> str:
+        return _without_credentials(storage)
+
+
+class ModelConfig(Section):
+    """The model that is fine-tuned and the form it is held in."""
+
+    name: Text = Field(
+        default="tiny:deepseek-v3",
+        description=f"A directory, a hub name, or one of {', '.join(TINY_MODELS)}: the real architecture "
+        "with few random weights. A tiny one by default, so that a first run needs no download and no GPU.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Number format of the weights. auto: bfloat16 where the hardware computes in it, "
+        "otherwise float32.",
+    )
+    quantization: Literal["none"] = Field(
+        default="none", description="Quantization of the frozen weights. none: they keep model.dtype."
+    )
+    attention: Literal["auto", "varlen", "sdpa"] = Field(
+        default="auto",
+        description="How attention keeps the segments of a pack apart. varlen: one CUDA kernel for all;"
+        " sdpa: one causal call a segment, on any device; auto: varlen where it runs, "
+        "otherwise sdpa.",
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run Python code that comes with the model's files. false: such code can do "
+        "anything the user can, and the supported models need none.",
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _tiny_model_is_known(cls, name: str) -> str:
+        if name.startswith("tiny:") and name not in TINY_MODELS:
+            raise ValueError(f"there is no such tiny model; choose one of {', '.join(TINY_MODELS)}")
+        return _without_credentials(name)
+
+
+class AdapterConfig(Section):
+    """What is trained: a low-rank adapter beside frozen weights, or all parameters."""
+
+    kind: Literal["lora", "none"] = Field(
+        default="lora",
+        description="lora: a low-rank adapter, which fits where full training does not; none: all "
+        "parameters are trained and the other keys of this section have no effect.",
+    )
+    r: Count = Field(
+        default=8,
+        description="Rank of the adapter matrices (a number of dimensions). 8 is enough for most "
+        "domains; memory and file size grow with it.",
+    )
+    alpha: float = Field(
+        default=16.0,
+        gt=0,
+        description="Scaling factor: the adapter's output is multiplied by alpha / r. Twice the rank is"
+        " the field's habit; with r=8 the factor is 2.",
+    )
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Probability that an input of the adapter is zeroed in training. 0: a few epochs of"
+        " a low-rank adapter seldom need it, and the loss stays reproducible.",
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        default="none",
+        description="Biases trained along: none, all of the model's, or only those of adapted layers. "
+        "none: the base model stays as it was when the adapter is switched off.",
+    )
+    targets: str | tuple[str, ...] = Field(
+        default="auto",
+        description="Modules that get an adapter. auto: the attention and MLP projections of the "
+        "model's family; all-linear: every linear layer; a list: names, or ends of names; "
+        "any other text: a regular expression for the full module name.",
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _targets_name_something(cls, targets: Any) -> Any:
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(
+                    f"is no regular expression: {error}; for several names write a list"
+                ) from None
+        if targets == "" or (isinstance(targets, (list, tuple)) and (not targets or "" in targets)):
+            raise ValueError("names no module; write auto, all-linear, a pattern or a list of names")
+        return targets
+
+
+class ObjectiveConfig(Section):
+    """What the loss is."""
+
+    kind: Literal["sft"] = Field(
+        default="sft",
+        description="sft: supervised fine-tuning, cross-entropy on the supervised tokens.",
+    )
+
+
+class SourceConfig(Section):
+    """One source of training or evaluation data."""
+
+    path: Text = Field(
+        description="A file, a directory, a glob pattern, a URI or the hub name of a data set."
+    )
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"] = Field(
+        default="auto",
+        description="Form of the rows. auto: told from the columns of the first row, which is enough "
+        "unless they are ambiguous.",
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _path_without_credentials(cls, path: str) -> str:
+        return _without_credentials(path)
+
+
+def _as_sources(value: Any) -> Any:
+    """A bare string is a path, and one source may stand without a list around it."""
+    if isinstance(value, (str, dict, SourceConfig)):
+        value = [value]
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise ValueError("is empty; name at least one source, or leave the key out")
+        return [{"path": source} if isinstance(source, str) else source for source in value]
+    return value
+
+
+class EvalConfig(Section):
+    """What the held-out loss is measured on: a fraction of the training data, or sources of its own."""
+
+    fraction: float = Field(
+        default=0.02,
+        ge=0,
+        le=0.5,
+        description="Fraction of the examples held out of training, from 0 (no evaluation) to 0.5. 0.02"
+        " costs little data and still shows overfitting. Becomes 0 where data.eval.sources "
+        "are given.",
+    )
+    sources: tuple[SourceConfig, ...] | None = Field(
+        default=None,
+        description="Evaluation data of its own, written like data.sources; nothing is then held out. "
+        "null: use data.eval.fraction, because most data sets come without a split.",
+    )
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _normalise_sources(cls, value: Any) -> Any:
+        return _as_sources(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sources_replace_the_default_fraction(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("sources") is not None and "fraction" not in given:
+            return {**given, "fraction": 0.0}
+        return given
+
+    @model_validator(mode="after")
+    def _one_of_the_two(self) -> Self:
+        if self.sources is not None and self.fraction > 0:
+            raise about(
+                "fraction",
+                "data.eval.sources are given too; set one of them only, or this to 0",
+            )
+        return self
+
+
+class DataConfig(Section):
+    """What is trained on, and how rows become packs of tokens."""
+
+    sources: tuple[SourceConfig, ...] | None = Field(
+        default=None,
+        description="Training data: a path, or a list of paths and of {path, format}. null: the demo "
+        "data that come with the package, so that a first run needs nothing.",
+    )
+    eval: EvalConfig = Field(default=EvalConfig(), description="What the held-out loss is measured on.")
+    seq_len: int = Field(
+        default=2048,
+        ge=8,
+        description="Length of a pack in tokens; examples are packed into it and a longer one is cut or"
+        " dropped. 2048 holds nearly every instruction row and fits small GPUs.",
+    )
+    on_bad_row: Literal["fail", "skip"] = Field(
+        default="fail",
+        description="What to do with a row that cannot be read. fail: stop and name file and row, "
+        "because silent loss of data is worse; skip: count it and go on.",
+    )
+    on_long_row: Literal["truncate", "drop"] = Field(
+        default="truncate",
+        description="What to do with an example longer than data.seq_len tokens. truncate: keep its "
+        "beginning, so that no row is lost whole; drop: leave it out. Raw text is always "
+        "split, never truncated.",
+    )
+    prepare_memory_mib: Count = Field(
+        default=64,
+        description="Mebibytes of source text that one task of the preparation holds at a time; documents are "
+        "packed together within that much. 64 leaves small machines room and packs over 98% full.",
+    )
+    chat_template: Text | None = Field(
+        default=None,
+        description="Path of a .jinja file that replaces the tokenizer's chat template. null: the "
+        "tokenizer's own, which is what a server will use.",
+    )
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _normalise_sources(cls, value: Any) -> Any:
+        return _as_sources(value)
+
+    @field_validator("chat_template")
+    @classmethod
+    def _template_is_a_jinja_file(cls, path: str | None) -> str | None:
+        if path is not None and not path.endswith(".jinja"):
+            raise ValueError("must be the path of a .jinja file, not the template itself")
+        return path
+
+
+class TrainConfig(Section):
+    """Length, batches, optimizer and learning-rate schedule. Batches count packs of data.seq_len tokens."""
+
+    num_train_epochs: float = Field(
+        default=3.0,
+        gt=0,
+        description="Passes over the training data, in epochs; may be a fraction. 3: the usual length "
+        "for a few thousand domain rows. train.max_steps wins where it is given.",
+    )
+    max_steps: Count | None = Field(
+        default=None,
+        description="Length of the run in optimizer steps. null: train.num_train_epochs decides, "
+        "because epochs do not depend on the size of the data.",
+    )
+    global_batch: Count = Field(
+        default=16,
+        description="Packs in one optimizer step over all workers together. 16 packs of 2048 tokens are"
+        " 32768 tokens a step; it stays the same whatever the number of workers.",
+    )
+    micro_batch: Count | Literal["auto"] = Field(
+        default="auto",
+        description="Packs one worker computes at once; accumulation makes up the rest of "
+        "train.global_batch. auto: as many as the memory estimate allows.",
+    )
+    learning_rate: float = Field(
+        default=2.0e-4,
+        gt=0,
+        description="Peak learning rate of AdamW, per optimizer step. 2e-4 suits LoRA; when all "
+        "parameters are trained take about a tenth.",
+    )
+    lr_scheduler_type: Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "constant_with_warmup",
+        "polynomial",
+        "cosine_with_restarts",
+        "inverse_sqrt",
+    ] = Field(
+        default="cosine",
+        description="Course of the learning rate after the warm-up, as transformers names it. cosine: "
+        "falls to zero and is forgiving about the length of the run. constant has no "
+        "warm-up.",
+    )
+    warmup_ratio: float = Field(
+        default=0.03,
+        ge=0,
+        le=1,
+        description="Warm-up as a fraction of all optimizer steps. 0.03 is enough for AdamW's moments "
+        "to settle. train.warmup_steps wins where it is given.",
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Warm-up in optimizer steps; wins over train.warmup_ratio. null: the ratio decides,"
+        " because it follows the length of the run.",
+    )
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        description="AdamW's decoupled weight decay, a factor per optimizer step and unit of learning "
+        "rate. 0: a low-rank adapter is regularised by its rank.",
+    )
+    adam_beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="AdamW's decay factor of the first moment; the customary value."
+    )
+    adam_beta2: float = Field(
+        default=0.999,
+        ge=0,
+        lt=1,
+        description="AdamW's decay factor of the second moment; the customary value.",
+    )
+    adam_epsilon: float = Field(
+        default=1e-8,
+        gt=0,
+        description="AdamW's term against division by zero, in units of the gradient; the customary value.",
+    )
+    max_grad_norm: float = Field(
+        default=1.0,
+        ge=0,
+        description="Largest L2 norm of the whole gradient; a larger one is scaled down to it. 1.0 "
+        "tames the rare bad batch; 0 turns clipping off.",
+    )
+    activation_checkpointing: Literal["auto", "none", "full"] = Field(
+        default="auto",
+        description="Recompute activations in the backward pass: less memory, about a third more time. "
+        "auto: only where the memory estimate asks for it.",
+    )
+    eval_steps: Count | None = Field(
+        default=None,
+        description="Optimizer steps between two evaluations. null: at the end of every epoch, which "
+        "costs the same share of any run.",
+    )
+    logging_steps: Count = Field(
+        default=1,
+        description="Optimizer steps between two lines on the screen and in the trackers. 1: a step "
+        "takes long enough for that.",
+    )
+
+    @field_validator("micro_batch")
+    @classmethod
+    def _micro_batch_fits(cls, micro_batch: int | str, info: ValidationInfo) -> int | str:
+        global_batch = info.data.get("global_batch")
+        if isinstance(micro_batch, int) and global_batch is not None and micro_batch > global_batch:
+            raise ValueError(
+                f"is more than train.global_batch ({global_batch}); lower it, raise the other or say auto"
+            )
+        return micro_batch
+
+    @field_validator("lr_scheduler_type")
+    @classmethod
+    def _polynomial_has_room_to_fall(cls, kind: str, info: ValidationInfo) -> str:
+        # transformers lets a polynomial schedule end at 1e-7 and refuses to begin below
+        if kind == "polynomial" and info.data.get("learning_rate", 1.0) <= 1e-7:
+            raise ValueError("ends at a learning rate of 1e-7; raise train.learning_rate or choose linear")
+        return kind
+
+
+class EngineConfig(Section):
+    """How parameters and optimizer state are spread over the workers."""
+
+    kind: Literal["auto", "ddp"] = Field(
+        default="auto",
+        description="ddp: every worker holds a full copy. auto: chosen from the model's size and the "
+        "workers' memory.",
+    )
+
+
+class ScalingConfig(Section):
+    """How many workers there are and what each of them gets."""
+
+    num_workers: Count | Literal["auto"] = Field(
+        default="auto",
+        description="Worker processes, one GPU each where GPUs are used. auto: one for each GPU of the "
+        "cluster, or one worker without GPUs.",
+    )
+    use_gpu: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Give each worker a GPU. auto: where the cluster has any, so that one config serves"
+        " laptop and cluster.",
+    )
+    cpus_per_worker: Count = Field(
+        default=1,
+        description="CPUs reserved for each worker. 1: more would keep small machines from starting; "
+        "the data pipeline asks for its own share.",
+    )
+    max_failures: int = Field(
+        default=3,
+        ge=-1,
+        description="Restarts of the worker group after a worker died, before the run gives up; -1: no "
+        "limit. 3 outlives lost nodes and still ends when the program itself is at fault.",
+    )
+
+
+class CheckpointConfig(Section):
+    """How often the run is saved, and how much of that is kept."""
+
+    every_steps: Count | Literal["auto"] = Field(
+        default="auto",
+        description="Optimizer steps between two checkpoints. auto: from the measured time of a step "
+        "and of a save, so that saving stays a small share of the run.",
+    )
+    keep: Count = Field(
+        default=2,
+        description="Checkpoints kept; older ones are deleted. 2: should the newest be damaged, one is "
+        "left to go back to.",
+    )
+
+
+class TrackingConfig(Section):
+    """Where metrics go besides metrics.jsonl, which is always written."""
+
+    to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        default=("tensorboard",),
+        description="Trackers. tensorboard needs no server and no account; an empty list: none. Keys of"
+        " the others come from the environment.",
+    )
+
+    @field_validator("to", mode="before")
+    @classmethod
+    def _one_tracker_without_a_list(cls, to: Any) -> Any:
+        return [to] if isinstance(to, str) else to
+
+    @field_validator("to")
+    @classmethod
+    def _each_once(cls, to: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(to))
+
+
+class Config(Section):
+    """The whole config of a run. Frozen; equal configs compare and hash equal."""
+
+    run: RunConfig = Field(default=RunConfig(), description="Name, place and beginning of the run.")
+    model: ModelConfig = Field(default=ModelConfig(), description="The model that is fine-tuned.")
+    adapter: AdapterConfig = Field(default=AdapterConfig(), description="What is trained.")
+    objective: ObjectiveConfig = Field(default=ObjectiveConfig(), description="What the loss is.")
+    data: DataConfig = Field(default=DataConfig(), description="What is trained on.")
+    train: TrainConfig = Field(default=TrainConfig(), description="Length, batches and optimizer.")
+    engine: EngineConfig = Field(default=EngineConfig(), description="How the model is spread over workers.")
+    scaling: ScalingConfig = Field(
+        default=ScalingConfig(), description="How many workers, and their resources."
+    )
+    checkpoint: CheckpointConfig = Field(
+        default=CheckpointConfig(), description="How often the run is saved."
+    )
+    tracking: TrackingConfig = Field(default=TrackingConfig(), description="Where metrics go.")
+
+    @field_validator("scaling")
+    @classmethod
+    def _every_rank_has_a_slot(cls, scaling: ScalingConfig, info: ValidationInfo) -> ScalingConfig:
+        train = info.data.get("train")
+        if (
+            train is not None
+            and isinstance(scaling.num_workers, int)
+            and scaling.num_workers > train.global_batch
+        ):
+            raise about(
+                "num_workers",
+                f"each worker needs at least one pack of the global batch, which has {train.global_batch}; "
+                "lower it or raise train.global_batch",
+            )
+        return scaling

@@ -1,0 +1,107 @@
+"""One micro-batch as every objective sees it.
+
+Axes: B = 1 (packs lie end to end in one row, so nothing is padding), T = tokens of the row, S = segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from raytune_ds.data.share import Share, fetch_step
+from raytune_ds.data.store import Store
+
+Pack = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed documents and what is trained on in them.
+
+    Attributes:
+        ids_BT: int64, token ids.
+        targets_BT: int64, the token that follows each position within its document.
+        weights_BT: float32, the loss weight of each target; 0 where not trained on.
+        positions_BT: int64, the position within the document.
+        segments: int32 of S + 1, cumulative document lengths; documents never see each other.
+        max_segment: the longest document in tokens.
+    """
+
+    ids_BT: torch.Tensor
+    targets_BT: torch.Tensor
+    weights_BT: torch.Tensor
+    positions_BT: torch.Tensor
+    segments: torch.Tensor
+    max_segment: int
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The sum of the loss weights, a float64 scalar."""
+        return self.weights_BT.sum(dtype=torch.float64)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the model runs on."""
+        return self.ids_BT.numel()
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`, its copies overlapping the computation where they can."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = (
+                value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            )
+        return Batch(**moved)
+
+
+def collate(packs: Sequence[Pack]) -> Batch:
+    """Packs end to end as one batch.
+
+    Args:
+        packs: each with ids, targets (int), weights (float) of one length, and lengths of its documents. No pack
+            at all gives the empty step's batch: one token of weight zero, so that every rank of a sharded model
+            can take part in its collectives.
+    """
+    if not packs:
+        packs = [EMPTY_PACK]
+    lengths = np.concatenate([pack["lengths"] for pack in packs]).astype(np.int64)
+    ends = np.cumsum(lengths)
+    positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    segments = np.concatenate([[0], ends]).astype(np.int32)
+
+    def row(name: str, dtype: type) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([pack[name] for pack in packs]).astype(dtype))[None]
+
+    return Batch(
+        ids_BT=row("ids", np.int64),
+        targets_BT=row("targets", np.int64),
+        weights_BT=row("weights", np.float32),
+        positions_BT=torch.from_numpy(positions)[None],
+        segments=torch.from_numpy(segments),
+        max_segment=int(lengths.max()),
+    )
+
+
+EMPTY_PACK: Pack = {
+    "ids": np.zeros(1, np.int64),
+    "targets": np.zeros(1, np.int64),
+    "weights": np.zeros(1, np.float32),
+    "lengths": np.ones(1, np.int64),
+}
+
+
+def cut(share: Share, packs: Mapping[int, Pack]) -> list[Batch]:
+    """One step's packs, by slot, as the share's micro-batches."""
+    return [collate([packs[slot] for slot in part if slot in packs]) for part in share.micro_batches()]
+
+
+def read(store: Store, split: str, share: Share, steps: range) -> Iterator[list[Batch]]:
+    """The micro-batches of each step, read when asked for, in this process."""
+    reader = store.reader(split)
+    for step in steps:
+        yield cut(share, fetch_step(reader, share, step))

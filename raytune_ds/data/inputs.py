@@ -1,0 +1,123 @@
+"""Which files a run reads, the format of their rows, and a hash of their content."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+
+import xxhash
+
+from raytune_ds import storage
+from raytune_ds.config import DataConfig, SourceConfig
+from raytune_ds.data.formats import Example, RowError, detect, to_example
+from raytune_ds.data.sources import Row, SourceFile, expand, read_rows
+from raytune_ds.errors import UserError
+
+ROWS_FOR_DETECTION = 100
+SAMPLE_CHARS = 4_000_000
+_CHUNK = 4 << 20
+
+
+@dataclass(frozen=True)
+class Input:
+    """One source file and how its rows are read."""
+
+    file: SourceFile
+    format: str
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All files of a run, in a fixed order."""
+
+    items: tuple[Input, ...]
+
+    @staticmethod
+    def find(config: DataConfig) -> Inputs:
+        """Expands all sources and finds the format of their rows.
+
+        Raises:
+            UserError: a source is missing or empty, or its format can't be told.
+        """
+        items: list[Input] = []
+        for held_out, sources in ((False, config.sources), (True, config.eval.sources)):
+            for source in sources or ():
+                files = expand(source.path)
+                row_format = _format_of(source, files[0])
+                items += [Input(file, row_format, held_out) for file in files]
+        return Inputs(tuple(items))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files; those of the hub count as nothing."""
+        return sum(item.file.size for item in self.items)
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether a chat template is needed."""
+        return any(item.format != "text" for item in self.items)
+
+    @cached_property
+    def contents(self) -> tuple[str, ...]:
+        """A hash of each file's content. Where the files lie does not matter, nor when they were touched."""
+        with ThreadPoolExecutor(4) as pool:
+            return tuple(pool.map(lambda item: _content_hash(item.file), self.items))
+
+    def sample_texts(self) -> Iterator[str]:
+        """Texts from the beginning of each file, some millions of characters in all; bad rows are left out."""
+        for item in self.items:
+            left = SAMPLE_CHARS // len(self.items)
+            for row in read_rows(item.file):
+                for text in _texts(row, item.format):
+                    yield text[:left]
+                    left -= len(text)
+                if left <= 0:
+                    break
+
+
+def _format_of(source: SourceConfig, file: SourceFile) -> str:
+    if source.format != "auto":
+        return source.format
+    rows = []
+    for row in read_rows(file):
+        if row.value is not None:
+            rows.append(row.value)
+        elif row.fatal or not rows:
+            raise UserError(f"{where(file, row)}: {row.error}")
+        if len(rows) == ROWS_FOR_DETECTION:
+            break
+    try:
+        return detect(rows)
+    except RowError as error:
+        raise UserError(f"{file.path}: {error}") from error
+
+
+def _content_hash(file: SourceFile) -> str:
+    if file.container == "hub":
+        return file.path
+    digest = xxhash.xxh3_128()
+    filesystem, inner = storage.open_filesystem(file.path)
+    with filesystem.open_input_stream(inner, compression=None) as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _texts(row: Row, row_format: str) -> list[str]:
+    try:
+        example = to_example(row.value, row_format) if row.value is not None else Example()
+    except RowError:
+        return []
+    if example.text is not None:
+        return [example.text]
+    return [m.get("content") or json.dumps(m.get("tool_calls"), ensure_ascii=False) for m in example.messages]
+
+
+def where(file: SourceFile, row: Row) -> str:
+    """A row's place in words."""
+    line = f", line {row.line}" if row.line else ""
+    return f"{file.path}, row {row.index + 1}{line}"

@@ -1,0 +1,135 @@
+"""One `Example` to token ids and loss weights, together, in one pass.
+
+The contract: what stands before a supervised turn is, token for token, what the model will see when served, that is
+`apply_chat_template(messages before it, add_generation_prompt=True)`; supervised are the turn itself and its end token.
+Where the template keeps that property over a conversation its turns share one sequence. Where it does not (R1's drops
+the reasoning of earlier turns and opens `<think>` itself) a new sequence starts. Which of the two holds is found by
+comparing token ids, never by the model's name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from raytune_ds.data.formats import Example, RowError
+
+_OPENED_THINKING = re.compile(r"<think>\s*\Z")
+
+
+@dataclass
+class Encoded:
+    """One training sequence: a weight of 1 for each token that is trained on as a target, else 0."""
+
+    ids: list[int]
+    weights: list[float]
+
+    @property
+    def num_supervised(self) -> int:
+        """Targets trained on; the first token of a sequence is never a target."""
+        return sum(weight != 0 for weight in self.weights[1:])
+
+
+class Encoder:
+    """Renders and tokenizes examples for one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """`tokenizer` carries the chat template."""
+        self.tokenizer = tokenizer
+
+    def encode(self, example: Example) -> list[Encoded]:
+        """All training sequences of one example.
+
+        Raises:
+            RowError: the chat template refuses the conversation.
+        """
+        if example.text is not None:
+            return [self._encode_text(example.text)]
+        sequences: list[Encoded] = []
+        for context, answer in self._turns(example):
+            context_ids, answer_ids = self._ids(context), self._ids(answer)
+            last = sequences[-1] if sequences else None
+            if last is not None and context_ids[: len(last.ids)] == last.ids:
+                between = context_ids[len(last.ids) :]
+                last.ids.extend(between + answer_ids)
+                last.weights.extend([0.0] * len(between) + [1.0] * len(answer_ids))
+            else:
+                weights = [0.0] * len(context_ids) + [1.0] * len(answer_ids)
+                sequences.append(Encoded(context_ids + answer_ids, weights))
+        return sequences
+
+    def _encode_text(self, text: str) -> Encoded:
+        # Raw text has no template, so the tokenizer adds its own BOS, if it has the habit.
+        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
+        if self.tokenizer.eos_token_id is not None and ids[-1:] != [self.tokenizer.eos_token_id]:
+            ids.append(self.tokenizer.eos_token_id)
+        return Encoded(ids, [1.0] * len(ids))
+
+    def _turns(self, example: Example) -> Iterator[tuple[str, str]]:
+        """(what is seen when serving, what is to be answered) of each assistant turn."""
+        for position, message in enumerate(example.messages):
+            if message["role"] == "assistant":
+                context = self.render(example.messages[:position], example.tools, generate=True)
+                finished = self.render(example.messages[: position + 1], example.tools, generate=False)
+                yield context, self._answer(message, context, finished)
+
+    def _answer(self, message: dict[str, Any], context: str, finished: str) -> str:
+        """The supervised text of a turn: as the template renders it if it keeps it whole, else the turn itself."""
+        content = message.get("content") or ""
+        rendered = finished[len(context) :] if finished.startswith(context) else ""
+        ends = list(self._special_token.finditer(rendered))
+        end = ends[-1].group() if ends else self.tokenizer.eos_token or ""
+        if rendered and content.strip() in rendered:
+            # Behind the end token templates put separators, which belong to the next turn's context.
+            return rendered[: ends[-1].end()] if ends else rendered + end
+        if _OPENED_THINKING.search(context):
+            content = content.lstrip().removeprefix("<think>").lstrip("\n")
+        return content + end
+
+    def render(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], generate: bool
+    ) -> str:
+        """The conversation as text by the tokenizer's chat template.
+
+        Raises:
+            RowError: the template refuses it (roles that do not alternate, a role it does not know ...).
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tools=list(tools) or None, add_generation_prompt=generate, tokenize=False
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RowError(f"the chat template refuses it: {error}") from error
+        return str(text)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    @cached_property
+    def _special_token(self) -> re.Pattern[str]:
+        tokens = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        tokens.update(self.tokenizer.all_special_tokens)
+        return re.compile(
+            "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)"
+        )
+
+
+def coloured(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """The sequence as text, what is trained on in green."""
+    text = Text()
+    start = 0
+    while start < len(encoded.ids):
+        end = start
+        while end < len(encoded.ids) and bool(encoded.weights[end]) == bool(encoded.weights[start]):
+            end += 1
+        style = "bold green" if encoded.weights[start] else "dim"
+        text.append(tokenizer.decode(encoded.ids[start:end]), style=style)
+        start = end
+    return text

@@ -1,0 +1,73 @@
+"""Loads tokenizers, and says when two of them would make the same tokens of the same rows."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from raytune_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """What it takes to load one tokenizer in any process.
+
+    Attributes:
+        name: a directory or a hub name.
+        chat_template: jinja text in place of the tokenizer's own; None keeps that.
+        trust_remote_code: whether the model's own Python may run.
+    """
+
+    name: str
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+
+    @staticmethod
+    def of(name: str, chat_template_file: str | None, trust_remote_code: bool) -> TokenizerSpec:
+        """Reads the template file.
+
+        Raises:
+            UserError: it can't be read.
+        """
+        template = None
+        if chat_template_file is not None:
+            try:
+                template = Path(chat_template_file).expanduser().read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"data.chat_template = {chat_template_file}: can't be read: {error}"
+                ) from error
+        return TokenizerSpec(name, template, trust_remote_code)
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(spec: TokenizerSpec):  # type: ignore[no-untyped-def]  # transformers' type, imported late
+    """The tokenizer, its chat template replaced if the spec says so.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec.name, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"model.name = {spec.name}: no tokenizer can be loaded from it "
+            f"({str(error).strip().splitlines()[0]}).\n"
+            "A model directory needs tokenizer.json and tokenizer_config.json; copy them from the model it stems from."
+        ) from error
+    if spec.chat_template is not None:
+        tokenizer.chat_template = spec.chat_template
+    return tokenizer
+
+
+def fingerprint(spec: TokenizerSpec) -> str:
+    """A hash over everything that decides which tokens a row becomes."""
+    tokenizer = load_tokenizer(spec)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    state = [vocabulary, str(tokenizer.chat_template), str(tokenizer.special_tokens_map)]
+    return hashlib.blake2b("\0".join(state).encode(), digest_size=16).hexdigest()

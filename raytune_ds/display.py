@@ -1,0 +1,72 @@
+"""A run as it goes on, for people: what the workers report, line by line."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from raytune_ds.console import ProgressLine, human_count, say, warn
+
+
+class Display:
+    """Shows the events of a run."""
+
+    def __init__(self) -> None:
+        """Says nothing until something happens."""
+        self._progress: ProgressLine | None = None
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Display:
+        say("starting the workers ...")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def show(self, kind: str, content: dict[str, Any]) -> None:
+        """One event: its kind and content as the worker reported them."""
+        getattr(self, f"_show_{kind}")(content)
+
+    def _show_start(self, content: dict[str, Any]) -> None:
+        self._close()
+        first, total = content["step"] + 1, content["total_steps"]
+        if first <= total:
+            say(f"training steps {first} to {total}")
+            self._progress = ProgressLine("training", total)
+            self._progress.__enter__()
+            self._progress.update(content["step"], "")
+        else:
+            say(f"all {total} steps are done already")
+
+    def _show_step(self, content: dict[str, Any]) -> None:
+        if self._progress:
+            detail = (
+                f"step {content['step']}  loss {content['loss']:.4f}  lr {content['lr']:.2e}  "
+                f"{human_count(content['tokens_per_s'])} tokens/s"
+            )
+            self._progress.update(content["step"], detail)
+        if content["skipped"]:
+            warn(f"step {content['step']}: the gradient was not finite ({content['grad_norm']}); not applied")
+
+    def _show_eval(self, content: dict[str, Any]) -> None:
+        say(f"step {content['step']}: held-out loss {content['eval_loss']:.4f}")
+
+    def _show_checkpoint(self, content: dict[str, Any]) -> None:
+        """Nothing: that checkpoints are written is what people expect."""
+
+    def _show_note(self, content: dict[str, Any]) -> None:
+        say(content["text"])
+
+    def _show_warning(self, content: dict[str, Any]) -> None:
+        warn(content["text"])
+
+    def _show_restart(self, content: dict[str, Any]) -> None:
+        warn(f"{content['text']}; starting the workers again")
+
+    def _close(self) -> None:
+        if self._progress:
+            self._progress.__exit__(None, None, None)
+            self._progress = None

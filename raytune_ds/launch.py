@@ -1,0 +1,330 @@
+"""A config to a finished run: everything that can fail is tried before the first worker starts.
+
+The workers tell what happens through a mailbox, an actor of this run; the driver shows it. Ray's own copying of every
+worker's output to the driver stays off, so a log holds each thing once and in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import xxhash
+
+from raytune_ds import cluster, storage
+from raytune_ds.compose import dump
+from raytune_ds.config import Config
+from raytune_ds.console import human_count, human_time, say, warn
+from raytune_ds.data.inputs import Inputs
+from raytune_ds.data.prepare import prepare
+from raytune_ds.data.stream import stream
+from raytune_ds.data.tokenizer import TokenizerSpec
+from raytune_ds.demo.data import domain_rows, write_rows
+from raytune_ds.display import Display
+from raytune_ds.errors import UserError
+from raytune_ds.rundir import RunDir
+from raytune_ds.worker import Assignment, Outcome, run_worker
+from raytune_ds.world import World
+
+POLL_S = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What result.json holds.
+
+    Attributes:
+        status: finished, or failed.
+        run: the run directory.
+        restarts: why each restart of the worker group happened.
+    """
+
+    status: str
+    run: str
+    progress: dict[str, Any]
+    wall_time_s: float
+    num_workers: int
+    trainable_parameters: int
+    peak_memory_mib: tuple[float, ...]
+    final_bytes: int
+    restarts: tuple[str, ...]
+    error: str | None = None
+
+
+def launch(config: Config, debug: bool = False) -> Result:
+    """Runs a training from its config.
+
+    Args:
+        config: composed.
+        debug: show Ray's and the workers' own output too.
+
+    Raises:
+        UserError: anything the user can mend; nothing was trained.
+        TrainingFailedError: workers died more often than `scaling.max_failures`; the run can be resumed.
+    """
+    started = time.monotonic()
+    root = check_storage(config)
+    where = cluster.connect(debug)
+    config = with_default_data(config, root)
+    scale = cluster.plan_scale(config.scaling, config.train.global_batch)
+    say(f"{scale.num_workers} {'GPU' if scale.use_gpu else 'CPU'} worker(s) on {where}")
+    assignment = prepare_run(config, root)
+    _claim(assignment)
+    say(f"run: {assignment.run.path}")
+    outcome, restarts = _fit(assignment, scale, debug)
+    if outcome.error is not None:
+        raise UserError(outcome.error)
+    result = Result(
+        status="finished",
+        run=assignment.run.path,
+        progress=outcome.progress or {},
+        wall_time_s=round(time.monotonic() - started, 2),
+        num_workers=scale.num_workers,
+        trainable_parameters=outcome.trainable,
+        peak_memory_mib=tuple(round(m, 1) for m in outcome.peak_memory_mib),
+        final_bytes=outcome.final_bytes,
+        restarts=tuple(restarts),
+    )
+    storage.write_json(assignment.run.result, dataclasses.asdict(result))
+    _say_end(result)
+    return result
+
+
+# ------------------------------------------------------------------------------------- before any worker starts
+
+
+def check_storage(config: Config) -> str:
+    """The absolute storage root, after writing to it.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    root = storage.absolute(config.run.storage)
+    try:
+        storage.check_writable(root)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"run.storage = {config.run.storage}: can't be written: {error}\nSet run.storage to a place that can."
+        ) from error
+    return root
+
+
+def with_default_data(config: Config, root: str) -> Config:
+    """The bundled demo data where the config names none."""
+    if config.data.sources is not None:
+        return config
+    path = Path(_local_root(root)) / ".demo" / "prescriptions.jsonl"
+    write_rows(domain_rows(), path)
+    return _replace(config, data={"sources": [{"path": str(path), "format": "alpaca"}]})
+
+
+def prepare_run(config: Config, root: str) -> Assignment:
+    """Model, tokenizer and packed store of a run, every one of them tried.
+
+    Raises:
+        UserError: anything the user can mend.
+    """
+    # Late, because torch and transformers take seconds to import, and what came before may have failed.
+    from raytune_ds.model import adapters
+    from raytune_ds.model.load import skeleton
+
+    inputs = Inputs.find(config.data)
+    for path, row_format in {item.file.path: item.format for item in inputs.items}.items():
+        say(f"data: {path}: {row_format} rows")
+    model = config.model
+    if model.name.startswith("tiny:"):
+        model = model.model_copy(update={"name": str(_build_tiny(config, inputs, root))})
+    elif Path(model.name).expanduser().is_dir():
+        model = model.model_copy(update={"name": str(Path(model.name).expanduser().absolute())})
+    report = adapters.report(skeleton(model), config.adapter)
+    for line in (f"model: {config.model.name}", *report.lines()):
+        say(line)
+    tokenizer = TokenizerSpec.of(model.name, config.data.chat_template, model.trust_remote_code)
+    store = prepare(config, inputs, tokenizer, f"{root}/.prepared")
+    run = RunDir(f"{root}/{config.run.name or _make_name(config)}")
+    return Assignment(config, model, tokenizer, store, run)
+
+
+def _build_tiny(config: Config, inputs: Inputs, root: str) -> Path:
+    from raytune_ds.model import tiny
+
+    architecture = config.model.name.removeprefix("tiny:")
+    key = xxhash.xxh3_64_hexdigest("/".join((architecture, str(config.run.seed), *inputs.contents)).encode())
+    target = Path(_local_root(root)) / ".models" / f"tiny-{architecture}-{key}"
+    return tiny.build(architecture, inputs.sample_texts, config.run.seed, target)
+
+
+def _local_root(root: str) -> str:
+    """Where things go that have to be files: the storage itself, or the default one where that is an object store."""
+    return root if storage.is_local(root) else str(Path("~/raytune_ds").expanduser())
+
+
+def _make_name(config: Config) -> str:
+    assert config.data.sources
+    parts = (
+        config.model.name.rstrip("/").rpartition("/")[2].replace(":", "-"),
+        Path(config.data.sources[0].path.rstrip("/")).stem,
+        datetime.now().strftime("%Y%m%d-%H%M%S"),
+    )
+    return "-".join("".join(c if c.isalnum() or c in "._-" else "-" for c in part) for part in parts).lstrip(
+        ".-"
+    )
+
+
+def _claim(assignment: Assignment) -> None:
+    """Makes the run directory, or goes on in it, as `run.resume` says.
+
+    Raises:
+        UserError: it is there and must not be, or the other way round, or it is no run directory.
+    """
+    config, run = assignment.config, assignment.run
+    there = storage.exists(run.path)
+    name = run.path.rpartition("/")[2]
+    if there and config.run.resume == "never":
+        raise UserError(f"run.name = {name}: {run.path} is there already, and run.resume is never.")
+    if not there and config.run.resume == "must":
+        raise UserError(f"run.name = {name}: there is no {run.path} to go on with, and run.resume is must.")
+    if there and not storage.exists(run.config):
+        raise UserError(
+            f"run.name = {name}: {run.path} is there but is no run directory; choose another name."
+        )
+    if not there:
+        storage.make_dir(run.path)
+    storage.write_bytes(run.config, dump(_replace(config, run={"name": name})).encode())
+
+
+def _replace(config: Config, **sections: dict[str, Any]) -> Config:
+    """The config with some keys of some sections replaced, checked again as a whole."""
+    values = config.model_dump(mode="json")
+    for section, keys in sections.items():
+        values[section] |= keys
+    return Config.model_validate(values)
+
+
+# ---------------------------------------------------------------------------------------------- the workers
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Events on their way from the workers to the driver."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[str, dict[str, Any]]] = []
+
+    def put(self, kind: str, content: dict[str, Any]) -> None:
+        """One more event."""
+        self._events.append((kind, content))
+
+    def take(self) -> list[tuple[str, dict[str, Any]]]:
+        """All events since the last time."""
+        events, self._events = self._events, []
+        return events
+
+
+class RestartReporter(ray.train.UserCallback):
+    """Tells the mailbox why workers died."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train's controller before it restarts the worker group."""
+        rank, error = next(iter(worker_exceptions.items()))
+        reason = str(error).strip().splitlines()[-1]
+        ranks = ", ".join(map(str, worker_exceptions))
+        self._mailbox.put.remote("restart", {"text": f"worker {ranks} died: {reason}", "rank": rank})
+
+
+def _fit(assignment: Assignment, scale: cluster.Scale, debug: bool) -> tuple[Outcome, list[str]]:
+    """The TorchTrainer's run, shown as it goes."""
+    mailbox = Mailbox.remote()  # type: ignore[attr-defined]  # Ray adds it
+    trainer = ray.train.torch.TorchTrainer(
+        partial(_worker_main, assignment=assignment, use_gpu=scale.use_gpu, mailbox=mailbox),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scale.num_workers,
+            use_gpu=scale.use_gpu,
+            resources_per_worker={"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            # A name of its own each time: where the run stands is read from its checkpoints, not from Ray's notes.
+            name=datetime.now().strftime("%Y%m%d-%H%M%S-%f"),
+            storage_path=f"{assignment.run.path}/.ray",
+            failure_config=ray.train.FailureConfig(max_failures=assignment.config.scaling.max_failures),
+            callbacks=[RestartReporter(mailbox)],
+        ),
+    )
+    restarts: list[str] = []
+    with Display() as display, _Following(mailbox, display, restarts):
+        result = trainer.fit()
+    assert isinstance(result.return_value, Outcome)
+    return result.return_value, restarts
+
+
+def _worker_main(assignment: Assignment, use_gpu: bool, mailbox: Any) -> Outcome:
+    """What Ray Train runs in each worker."""
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    world = World(context.get_world_rank(), context.get_world_size(), device)
+
+    def report(kind: str, content: dict[str, Any]) -> None:
+        if world.is_main:
+            mailbox.put.remote(kind, content)
+        if kind in ("eval", "checkpoint"):
+            ray.train.report({k: v for k, v in content.items() if isinstance(v, int | float)})
+
+    return run_worker(assignment, world, partial(_open_stream), report)
+
+
+def _open_stream(store: Any, share: Any, steps: range) -> Any:
+    return stream(store, "train", share, steps)
+
+
+class _Following:
+    """Shows the mailbox's events from a thread while the run goes on."""
+
+    def __init__(self, mailbox: Any, display: Display, restarts: list[str]) -> None:
+        self._mailbox, self._display, self._restarts = mailbox, display, restarts
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        stopping = False
+        while not stopping:
+            stopping = self._stop.wait(POLL_S)
+            try:
+                events = ray.get(self._mailbox.take.remote(), timeout=30)
+            except ray.exceptions.RayError as error:
+                warn(f"the progress of the run can't be shown any more: {error}")
+                return
+            for kind, content in events:
+                if kind == "restart":
+                    self._restarts.append(content["text"])
+                self._display.show(kind, content)
+
+
+def _say_end(result: Result) -> None:
+    progress = result.progress
+    losses = f"loss {progress['first_loss']:.4f} -> {progress['last_loss']:.4f}"
+    if progress["last_eval_loss"] is not None:
+        losses += f", held-out {progress['first_eval_loss']:.4f} -> {progress['last_eval_loss']:.4f}"
+    say(
+        f"finished: {progress['step']} steps, {human_count(progress['tokens'])} tokens in "
+        f"{human_time(result.wall_time_s)}; {losses}; peak memory {max(result.peak_memory_mib):,.0f} MiB a worker"
+    )
+    say(f"saved: {result.run}/final ({result.final_bytes / (1 << 20):.1f} MiB)")
+    say(f"try it: raytune-ds chat --run {result.run}")

@@ -1,0 +1,204 @@
+"""The training loop of one worker, from top to bottom. It knows no engine by name, and no Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from raytune_ds.config import Config
+from raytune_ds.data.batch import Batch
+from raytune_ds.data.order import Order
+from raytune_ds.engines import Engine
+from raytune_ds.objectives import Objective
+from raytune_ds.schedule import lr_multiplier
+from raytune_ds.world import World
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long the run is and what happens when, all in optimizer steps."""
+
+    total_steps: int
+    eval_every: int
+    checkpoint_every: int
+    order: Order
+
+    @staticmethod
+    def of(config: Config, order: Order) -> Plan:
+        """From the config and the size of the data."""
+        train, per_epoch = config.train, order.steps_per_epoch
+        total = train.max_steps or max(1, round(train.num_train_epochs * per_epoch))
+        every = config.checkpoint.every_steps
+        return Plan(
+            total_steps=total,
+            eval_every=train.eval_steps or per_epoch,
+            # A tenth of the run is what a crash may cost, but a long run pays for more than 500 steps at most.
+            checkpoint_every=min(500, max(10, -(-total // 10))) if every == "auto" else every,
+            order=order,
+        )
+
+    def is_due(self, every: int, step: int) -> bool:
+        """Whether something that happens every so many steps happens after `step`; always at the end."""
+        return step % every == 0 or step == self.total_steps
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop sets off without knowing how it is done.
+
+    Attributes:
+        log: takes one row for metrics.jsonl; called on every rank with the same row.
+        checkpoint: saves the state after a step; all ranks call it together.
+    """
+
+    log: Callable[[Row], None]
+    checkpoint: Callable[[int, Progress], None]
+
+
+@dataclass
+class Progress:
+    """What a run has counted so far; a checkpoint keeps it."""
+
+    step: int = 0
+    tokens: int = 0
+    supervised: float = 0.0
+    skipped_steps: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    first_eval_loss: float | None = None
+    last_eval_loss: float | None = None
+    best_eval_loss: float | None = None
+    seconds: float = 0.0
+
+
+def train(
+    config: Config,
+    plan: Plan,
+    world: World,
+    engine: Engine,
+    objective: Objective,
+    batches: Iterator[list[Batch]],
+    eval_batches: Callable[[], Iterable[list[Batch]]] | None,
+    hooks: Hooks,
+    progress: Progress,
+) -> Progress:
+    """Trains from `progress.step` to the end.
+
+    Args:
+        config: of the run.
+        plan: of the run.
+        world: the ranks.
+        engine: holds the model and applies gradients.
+        objective: a batch to its loss sum.
+        batches: this rank's micro-batches of each step from `progress.step` on, as many on every rank.
+        eval_batches: the same for one pass over the held-out data; None if there are none.
+        hooks: where rows and checkpoints go.
+        progress: where the run stands.
+
+    Returns:
+        The progress at the end.
+    """
+    multiplier = lr_multiplier(config.train, plan.total_steps)
+    engine.module.train()
+
+    def evaluate() -> None:
+        if eval_batches is not None:
+            loss = mean_loss(engine.module, objective, eval_batches(), world)
+            _note_eval(progress, loss)
+            hooks.log({"step": progress.step, "eval_loss": loss})
+
+    if progress.step == 0:
+        evaluate()
+    while progress.step < plan.total_steps:
+        started = time.perf_counter()
+        micro_batches = next(batches)
+        data_wait = time.perf_counter() - started
+        lr = config.train.learning_rate * multiplier(progress.step)
+        seed_step(config.run.seed, progress.step, world.rank)
+        row = optimizer_step(engine, objective, micro_batches, world, lr)
+
+        progress.step += 1
+        seconds = time.perf_counter() - started
+        tokens = row["tokens"]
+        epoch = progress.step / plan.order.steps_per_epoch
+        row = {"step": progress.step, "epoch": round(epoch, 4), **row}
+        row |= {"step_time_s": seconds, "tokens_per_s": tokens / seconds, "data_wait_s": data_wait}
+        _note_step(progress, row, seconds)
+        hooks.log({**row, "world_size": world.size})
+
+        if plan.is_due(plan.eval_every, progress.step):
+            evaluate()
+        if plan.is_due(plan.checkpoint_every, progress.step):
+            hooks.checkpoint(progress.step, progress)
+    return progress
+
+
+def optimizer_step(
+    engine: Engine, objective: Objective, micro_batches: list[Batch], world: World, lr: float
+) -> Row:
+    """One update from the micro-batches of all ranks.
+
+    The global weight is known before the first backward pass, so the gradient is that of the mean over all supervised
+    tokens of the global batch, however the batch is cut: there is no mean of means.
+    """
+    weight = sum(float(batch.weight) for batch in micro_batches)
+    tokens = sum(batch.num_tokens for batch in micro_batches if batch.weight != 0)
+    global_weight, global_tokens = world.sum(weight, tokens)
+    loss_sum = torch.zeros((), device=world.device, dtype=torch.float64)
+    for batch in micro_batches:
+        loss = objective(engine.module, batch.to(world.device))
+        engine.backward(loss / global_weight)
+        loss_sum += loss.detach()
+    result = engine.step(lr)
+    (global_loss,) = world.sum(loss_sum)
+    return {
+        "loss": global_loss / global_weight,
+        "weight": global_weight,
+        "tokens": int(global_tokens),
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "skipped": result.skipped,
+    }
+
+
+@torch.no_grad()
+def mean_loss(module: nn.Module, objective: Objective, batches: Iterable[list[Batch]], world: World) -> float:
+    """The mean loss per supervised token over held-out data, in nats."""
+    module.eval()
+    loss_sum = weight = 0.0
+    for micro_batches in batches:
+        for batch in micro_batches:
+            weight += float(batch.weight)
+            loss_sum += float(objective(module, batch.to(world.device)))
+    module.train()
+    total_loss, total_weight = world.sum(loss_sum, weight)
+    return total_loss / total_weight
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout depends on step and rank alone, so a resumed run needs no stored generator state."""
+    torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
+
+
+def _note_step(progress: Progress, row: Row, seconds: float) -> None:
+    progress.tokens += row["tokens"]
+    progress.supervised += row["weight"]
+    progress.skipped_steps += row["skipped"]
+    progress.seconds += seconds
+    progress.last_loss = row["loss"]
+    if progress.first_loss is None:
+        progress.first_loss = row["loss"]
+
+
+def _note_eval(progress: Progress, loss: float) -> None:
+    progress.last_eval_loss = loss
+    progress.best_eval_loss = min(loss, progress.best_eval_loss or loss)
+    if progress.first_eval_loss is None:
+        progress.first_eval_loss = loss

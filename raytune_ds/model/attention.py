@@ -1,0 +1,119 @@
+"""Packed attention: each document of a pack attends to itself alone.
+
+Registered with transformers under the name PACKED, so that every architecture which asks its attention from
+`ALL_ATTENTION_FUNCTIONS` runs on packs. No mask is ever built: the cumulative document lengths travel as the keyword
+`cu_seq_lens_q` that transformers' own flash-attention path uses.
+
+Axes: B = 1, H = query heads, G = key/value heads, T = tokens of the row, D = query/key head size, V = value head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+PACKED = "raytune_packed"
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float | None], torch.Tensor]
+
+
+def segment_sdpa(
+    q_BHTD: torch.Tensor,
+    k_BGTD: torch.Tensor,
+    v_BGTD: torch.Tensor,
+    segments: torch.Tensor,
+    max_segment: int,
+    scale: float | None,
+) -> torch.Tensor:
+    """One causal `scaled_dot_product_attention` a document; any device and dtype. Returns [B, H, T, D]."""
+    bounds = segments.tolist()
+    outputs = [
+        F.scaled_dot_product_attention(
+            q_BHTD[:, :, start:end],
+            k_BGTD[:, :, start:end],
+            v_BGTD[:, :, start:end],
+            is_causal=True,
+            scale=scale,
+            enable_gqa=q_BHTD.shape[1] != k_BGTD.shape[1],
+        )
+        for start, end in zip(bounds, bounds[1:], strict=False)
+    ]
+    return torch.cat(outputs, dim=2)
+
+
+def varlen_kernel(
+    q_BHTD: torch.Tensor,
+    k_BGTD: torch.Tensor,
+    v_BGTD: torch.Tensor,
+    segments: torch.Tensor,
+    max_segment: int,
+    scale: float | None,
+) -> torch.Tensor:
+    """All documents in one FlashAttention kernel of torch's own; CUDA, 16-bit. Returns [B, H, T, D]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (q_BHTD, k_BGTD, v_BGTD))
+    out_THD = varlen_attn(
+        q_THD,
+        k_TGD,
+        v_TGD,
+        segments,
+        segments,
+        max_segment,
+        max_segment,
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=q_THD.shape[1] != k_TGD.shape[1],
+    )
+    assert isinstance(out_THD, torch.Tensor)
+    return out_THD.transpose(0, 1)[None]
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in each attention layer: query [B, H, T, D] and key/value to output [B, T, H, V]."""
+    head_size, value_size = query.shape[-1], value.shape[-1]
+    if value_size != head_size:
+        # MLA's values are narrower than its keys, and the fused kernels want one size. Zeros change nothing.
+        value = F.pad(value, (0, head_size - value_size))
+    kernel = _kernel(query.device.type, query.dtype)
+    output = kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling)
+    return output[..., :value_size].transpose(1, 2), None
+
+
+def _kernel(device: str, dtype: torch.dtype) -> Kernel:
+    if device == "cuda" and dtype in (torch.bfloat16, torch.float16) and _varlen_allowed:
+        return varlen_kernel
+    return segment_sdpa
+
+
+_varlen_allowed = True
+
+
+def choose(attention: str) -> None:
+    """Applies `model.attention`: auto and varlen take the varlen kernel where it runs, sdpa never."""
+    global _varlen_allowed
+    _varlen_allowed = attention != "sdpa"
+
+
+@cache
+def register() -> str:
+    """Makes packed attention known to transformers and returns the name to ask for."""
+    AttentionInterface.register(PACKED, packed_attention)
+    AttentionMaskInterface.register(PACKED, lambda *_, **__: None)
+    return PACKED

@@ -1,0 +1,153 @@
+"""Hugging Face models from a directory or the hub, ready for packs, and what can be known of one before it is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from raytune_ds.config import ModelConfig
+from raytune_ds.errors import UserError
+from raytune_ds.model import attention
+
+# Names for the error message of one that does not exist: tutorials are full of invented ones.
+DEEPSEEK_MODELS = (
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B",
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-70B",
+    "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B",
+    "deepseek-ai/DeepSeek-V2-Lite",
+    "deepseek-ai/DeepSeek-V2-Lite-Chat",
+    "deepseek-ai/DeepSeek-V2",
+    "deepseek-ai/DeepSeek-V2-Chat",
+    "deepseek-ai/DeepSeek-V2.5",
+    "deepseek-ai/DeepSeek-V3",
+    "deepseek-ai/DeepSeek-V3-Base",
+    "deepseek-ai/DeepSeek-V3-0324",
+    "deepseek-ai/DeepSeek-V3.1",
+    "deepseek-ai/DeepSeek-V3.1-Base",
+    "deepseek-ai/DeepSeek-V3.2-Exp",
+    "deepseek-ai/DeepSeek-R1",
+    "deepseek-ai/DeepSeek-R1-Zero",
+    "deepseek-ai/DeepSeek-R1-0528",
+    "deepseek-ai/deepseek-llm-7b-base",
+    "deepseek-ai/deepseek-llm-7b-chat",
+    "deepseek-ai/deepseek-llm-67b-base",
+    "deepseek-ai/deepseek-llm-67b-chat",
+    "deepseek-ai/deepseek-moe-16b-base",
+    "deepseek-ai/deepseek-moe-16b-chat",
+    "deepseek-ai/deepseek-math-7b-instruct",
+    "deepseek-ai/deepseek-coder-1.3b-instruct",
+    "deepseek-ai/deepseek-coder-6.7b-instruct",
+    "deepseek-ai/deepseek-coder-33b-instruct",
+    "deepseek-ai/DeepSeek-Coder-V2-Lite-Instruct",
+)
+
+
+def load_config(config: ModelConfig) -> PretrainedConfig:
+    """The model's own config, the first thing that fails if a name is wrong.
+
+    Raises:
+        UserError: there is no such model, or it can't be read.
+    """
+    folder = Path(config.name).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"model.name = {config.name}: the directory has no config.json, so it is no Hugging Face model."
+        )
+    if not folder.is_dir() and (config.name.count("/") != 1 or config.name[0] in "./~"):
+        raise UserError(f"model.name = {config.name}: there is no such directory.")
+    try:
+        return AutoConfig.from_pretrained(_place(config), trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_why_not(config, error)) from error
+
+
+def load_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model with packed attention, on `device`.
+
+    Raises:
+        UserError: it can't be loaded.
+    """
+    return _from_pretrained(
+        config, dtype=dtype, attn_implementation=_packed_attention(config), device_map={"": device}
+    )
+
+
+def load_for_generation(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model with attention that has a key/value cache, on `device`.
+
+    Raises:
+        UserError: it can't be loaded.
+    """
+    return _from_pretrained(config, dtype=dtype, attn_implementation="sdpa", device_map={"": device}).eval()
+
+
+def skeleton(config: ModelConfig) -> PreTrainedModel:
+    """The model's modules and shapes without any weights.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            load_config(config), trust_remote_code=config.trust_remote_code
+        )
+    return model
+
+
+def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`model.dtype` for this hardware: auto is bfloat16 where the hardware computes in it."""
+    if dtype != "auto":
+        return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def parts(model: PreTrainedModel) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """(token ids to the last hidden state, hidden state to logits)."""
+    return model.get_decoder(), model.get_output_embeddings()
+
+
+def _from_pretrained(config: ModelConfig, **how: Any) -> PreTrainedModel:
+    load_config(config)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            _place(config), trust_remote_code=config.trust_remote_code, **how
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(_why_not(config, error)) from error
+    return model
+
+
+def _packed_attention(config: ModelConfig) -> str:
+    attention.choose(config.attention)
+    return attention.register()
+
+
+def _place(config: ModelConfig) -> str:
+    folder = Path(config.name).expanduser()
+    return str(folder) if folder.is_dir() else config.name
+
+
+def _why_not(config: ModelConfig, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    if Path(config.name).expanduser().is_dir():
+        return f"model.name = {config.name}: can't be loaded: {reason}"
+    lines = [f"model.name = {config.name}: neither a directory here nor found on the hub."]
+    if config.name.startswith("deepseek-ai/") and config.name not in DEEPSEEK_MODELS:
+        close = difflib.get_close_matches(config.name, DEEPSEEK_MODELS, 3, cutoff=0.5)
+        lines.append("DeepSeek has published no model of that name that we know of. Real ones are:")
+        lines += [f"  {name}" for name in dict.fromkeys([*close, *DEEPSEEK_MODELS[1:5]])]
+    else:
+        lines.append(
+            "Check the spelling; without a network download it first and give the directory, and for a gated model "
+            "set HF_TOKEN in the environment."
+        )
+    return "\n".join(lines)

@@ -1,0 +1,20 @@
+"""Supervised fine-tuning: the weighted cross-entropy of the supervised tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from raytune_ds.data.batch import Batch
+
+
+def sft(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The sum over supervised tokens of weight times negative log-likelihood in nats.
+
+    Args:
+        model: a PackedLM: batch to losses [N] of its supervised tokens.
+        batch: whose weights say how much each target counts.
+    """
+    losses_N = model(batch)
+    weights_BT = batch.weights_BT
+    return (losses_N * weights_BT[weights_BT != 0]).sum()

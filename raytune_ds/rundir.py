@@ -1,0 +1,111 @@
+"""The run directory: an interface that people's scripts and other tools read.
+
+config.json      the resolved config
+metrics.jsonl    one line per optimizer step, one per evaluation
+checkpoints/     step-00000120/ ...
+final/           the adapter, or the model
+result.json      how it ended
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytune_ds import storage
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run, on any filesystem pyarrow opens."""
+
+    path: str
+
+    @property
+    def config(self) -> str:
+        """The resolved config."""
+        return f"{self.path}/config.json"
+
+    @property
+    def metrics(self) -> str:
+        """Metrics, a JSON object a line."""
+        return f"{self.path}/metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder of all checkpoints."""
+        return f"{self.path}/checkpoints"
+
+    @property
+    def final(self) -> str:
+        """What the user takes home."""
+        return f"{self.path}/final"
+
+    @property
+    def result(self) -> str:
+        """How it ended."""
+        return f"{self.path}/result.json"
+
+    @property
+    def tensorboard(self) -> str:
+        """TensorBoard's log directory."""
+        return f"{self.path}/tensorboard"
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl, in order; none if there is no such file."""
+        if not storage.exists(self.metrics):
+            return []
+        return parse_lines(storage.read_bytes(self.metrics))
+
+
+def parse_lines(content: bytes) -> list[dict[str, Any]]:
+    """JSON lines; a last line that a dying process left half written is passed over."""
+    lines = content.split(b"\n")
+    rows = [json.loads(line) for line in lines[:-1] if line]
+    return rows
+
+
+class MetricsFile:
+    """Appends to metrics.jsonl, each step in it once, also after a restart.
+
+    A file tree is appended to. Object stores can't append: there the file is written anew whenever `flush` is called.
+    """
+
+    def __init__(self, run: RunDir, last_step: int) -> None:
+        """Keeps the lines up to `last_step` and drops those of steps that will be done again."""
+        self._path = run.metrics
+        kept = [row for row in run.read_metrics() if row["step"] <= last_step]
+        self._content = b"".join(_line(row) for row in kept)
+        storage.write_bytes(self._path, self._content)
+        local = storage.is_local(self._path)
+        self._file = Path(storage.absolute(self._path)).open("ab", buffering=0) if local else None
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One line."""
+        if self._file is not None:
+            self._file.write(_line(row))
+        else:
+            self._content += _line(row)
+
+    def flush(self) -> None:
+        """Makes all lines so far visible to others."""
+        if self._file is None:
+            storage.write_bytes(self._path, self._content)
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return (json.dumps(row) + "\n").encode()
+
+
+def scratch_name() -> str:
+    """A name for something that does not stay."""
+    return f".scratch-{uuid.uuid4().hex[:8]}"

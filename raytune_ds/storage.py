@@ -1,0 +1,124 @@
+"""Files on any filesystem pyarrow opens: a local path, NFS, s3://, gs://, hdfs://."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+
+def absolute(path: str) -> str:
+    """A URI as it is; a local path absolute, with ~ expanded and without file://."""
+    if path.startswith("file://"):
+        path = path.removeprefix("file://")
+    return path.rstrip("/") if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` is reached through this machine's own file tree (which may well be a shared one)."""
+    return "://" not in path or path.startswith("file://")
+
+
+def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a path or URI, and the path within it.
+
+    Raises:
+        pyarrow.ArrowInvalid: a scheme pyarrow does not know.
+        OSError: the store can't be reached.
+    """
+    if is_local(path):
+        return pafs.LocalFileSystem(), absolute(path)
+    filesystem, inner = pafs.FileSystem.from_uri(path)
+    return filesystem, inner.rstrip("/")
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or folder at `path`."""
+    filesystem, inner = open_filesystem(path)
+    return bool(filesystem.get_file_info(inner).type != pafs.FileType.NotFound)
+
+
+def list_names(path: str) -> list[str]:
+    """The names in a folder, sorted; none if it is not there."""
+    filesystem, inner = open_filesystem(path)
+    selector = pafs.FileSelector(inner, allow_not_found=True)
+    return sorted(info.base_name for info in filesystem.get_file_info(selector))
+
+
+def make_dir(path: str) -> None:
+    """Makes a folder and those above it."""
+    filesystem, inner = open_filesystem(path)
+    filesystem.create_dir(inner, recursive=True)
+
+
+def delete_dir(path: str) -> None:
+    """Deletes a folder and what is in it; fine if it is not there."""
+    filesystem, inner = open_filesystem(path)
+    if filesystem.get_file_info(inner).type == pafs.FileType.Directory:
+        filesystem.delete_dir(inner)
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole of a small file."""
+    filesystem, inner = open_filesystem(path)
+    with filesystem.open_input_stream(inner, compression=None) as stream:
+        return bytes(stream.read())
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Writes a small file so that it is there whole or not at all.
+
+    Object stores do that by themselves; on a file tree it takes a second name, a flush to disk and a rename.
+    """
+    filesystem, inner = open_filesystem(path)
+    filesystem.create_dir(inner.rpartition("/")[0], recursive=True)
+    if not is_local(path):
+        with filesystem.open_output_stream(inner, compression=None) as stream:
+            stream.write(content)
+        return
+    handle, scratch = tempfile.mkstemp(prefix=".writing-", dir=Path(inner).parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(scratch).chmod(0o644)
+        Path(scratch).replace(inner)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: str) -> Any:
+    """A JSON file; None if it is not there."""
+    return json.loads(read_bytes(path)) if exists(path) else None
+
+
+def write_json(path: str, value: Any) -> None:
+    """`value` as an indented JSON file, whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def upload_dir(local: Path, path: str) -> None:
+    """Copies a local folder to `path`."""
+    filesystem, inner = open_filesystem(path)
+    filesystem.create_dir(inner, recursive=True)
+    pafs.copy_files(str(local), inner, pafs.LocalFileSystem(), filesystem)
+
+
+def check_writable(path: str) -> None:
+    """Writes and deletes a small file under `path`.
+
+    Raises:
+        OSError: it can't be written there.
+        pyarrow.ArrowInvalid: a scheme pyarrow does not know.
+    """
+    probe = f"{path}/.writable-{uuid.uuid4().hex}"
+    write_bytes(probe, b"")
+    filesystem, inner = open_filesystem(probe)
+    filesystem.delete_file(inner)

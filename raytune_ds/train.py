@@ -1,0 +1,41 @@
+"""`python -m raytune_ds.train`: fine-tunes a model.
+
+python -m raytune_ds.train                                 embedded Ray, a tiny model, bundled data
+python -m raytune_ds.train --config my.yaml adapter.r=16   your model, your data
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from raytune_ds.command import add_config_arguments, guarded, parser
+from raytune_ds.compose import compose, dump, help_text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, 1 for a failed run, 2 for a mistake of the user's."""
+    arguments = _parser().parse_args(argv)
+    return guarded(lambda: _train(arguments.config, arguments.overrides, arguments), debug=arguments.debug)
+
+
+def _train(files: Sequence[str], overrides: Sequence[str], arguments: object) -> int:
+    config = compose(files, overrides)
+    if getattr(arguments, "print_config", False):
+        sys.stdout.write(dump(config))
+        return 0
+    # Ray and torch are imported only once the config is known to be right.
+    from raytune_ds.launch import launch
+
+    launch(config, debug=getattr(arguments, "debug", False))
+    return 0
+
+
+def _parser():  # type: ignore[no-untyped-def]
+    command = parser("raytune_ds.train", "Fine-tunes a model.", epilog=help_text)
+    add_config_arguments(command)
+    return command
+
+
+if __name__ == "__main__":
+    sys.exit(main())

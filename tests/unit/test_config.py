@@ -1,0 +1,276 @@
+"""The config tree: defaults, bounds, cross-checks, and that every field explains itself."""
+
+import re
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from raytune_ds import config as c
+from raytune_ds.compose import _FIELDS, KEYS, _section_of
+from raytune_ds.config import Config, SourceConfig, holds_credentials, types_in
+
+
+def make(key: str, value: Any) -> Config:
+    """A config with one dotted key set."""
+    tree: Any = value
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return Config.model_validate(tree)
+
+
+def get(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+DEFAULTS = {
+    "run": {"name": None, "storage": "~/raytune_ds", "seed": 0, "resume": "auto"},
+    "model": {
+        "name": "tiny:deepseek-v3",
+        "dtype": "auto",
+        "quantization": "none",
+        "attention": "auto",
+        "trust_remote_code": False,
+    },
+    "adapter": {"kind": "lora", "r": 8, "alpha": 16, "dropout": 0.0, "bias": "none", "targets": "auto"},
+    "objective": {"kind": "sft"},
+    "data": {
+        "sources": None,
+        "eval": {"fraction": 0.02, "sources": None},
+        "seq_len": 2048,
+        "on_bad_row": "fail",
+        "on_long_row": "truncate",
+        "chat_template": None,
+    },
+    "train": {
+        "num_train_epochs": 3,
+        "max_steps": None,
+        "global_batch": 16,
+        "micro_batch": "auto",
+        "learning_rate": 2e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.03,
+        "warmup_steps": None,
+        "weight_decay": 0.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "max_grad_norm": 1.0,
+        "activation_checkpointing": "auto",
+        "eval_steps": None,
+        "logging_steps": 1,
+    },
+    "engine": {"kind": "auto"},
+    "scaling": {"num_workers": "auto", "use_gpu": "auto", "cpus_per_worker": 1, "max_failures": 3},
+    "checkpoint": {"every_steps": "auto", "keep": 2},
+    "tracking": {"to": ["tensorboard"]},
+}
+
+
+def test_defaults_are_the_documented_interface() -> None:
+    assert Config().model_dump(mode="json") == DEFAULTS
+
+
+def test_defaults_pass_their_own_checks() -> None:
+    assert Config.model_validate(DEFAULTS) == Config()
+
+
+def test_frozen_and_hashable() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().train.learning_rate = 1.0  # type: ignore[misc]
+    assert hash(Config()) == hash(Config())
+
+
+@pytest.mark.parametrize("section", list(DEFAULTS))
+def test_unknown_keys_are_refused(section: str) -> None:
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        make(f"{section}.surely_unknown", 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "good"),
+    [
+        ("run.seed", [-1, 2**32, 1.5], [0, 2**32 - 1]),
+        ("run.name", ["", ".hidden", "..", "a/b", "a b", "a\n", "x" * 129], ["a", "run-1_2.3", "x" * 128]),
+        ("run.storage", [""], ["s3://bucket/x", "/mnt/x"]),
+        ("run.resume", ["yes"], ["auto", "never", "must"]),
+        ("model.name", ["", "tiny:gpt2"], [*c.TINY_MODELS, "org/name", "./dir"]),
+        ("model.dtype", ["float16"], ["auto", "float32", "bfloat16"]),
+        ("model.quantization", ["nf4"], ["none"]),
+        ("model.attention", ["flash"], ["auto", "varlen", "sdpa"]),
+        ("adapter.kind", ["dora"], ["lora", "none"]),
+        ("adapter.r", [0, -1, 1.5, True], [1, 256]),
+        ("adapter.alpha", [0, -1, float("inf")], [0.5]),
+        ("adapter.dropout", [-0.1, 1], [0, 0.99]),
+        ("adapter.bias", ["some"], ["none", "all", "lora_only"]),
+        ("adapter.targets", ["", "(", [], [""], [1], 5], ["all-linear", r".*\.q_proj", ("q_proj", "o_proj")]),
+        ("objective.kind", ["dpo"], ["sft"]),
+        ("data.sources", [[], 3, [3], [{}], ""], []),
+        ("data.eval.fraction", [-0.1, 0.6], [0, 0.5]),
+        ("data.seq_len", [7], [8]),
+        ("data.on_bad_row", ["warn"], ["fail", "skip"]),
+        ("data.on_long_row", ["split"], ["truncate", "drop"]),
+        ("data.chat_template", ["", "{{ messages }}"], [None, "a/b.jinja"]),
+        ("train.num_train_epochs", [0, float("nan")], [0.5, 3]),
+        ("train.max_steps", [0], [None, 1]),
+        ("train.global_batch", [0, True], [1]),
+        ("train.micro_batch", [0, "all", True], ["auto", 1, 16]),
+        ("train.learning_rate", [0, -1], [1e-5]),
+        ("train.lr_scheduler_type", ["greedy", "reduce_lr_on_plateau", "cosine_with_min_lr"], ["linear"]),
+        ("train.warmup_ratio", [-0.1, 1.1], [0, 1]),
+        ("train.warmup_steps", [-1], [None, 0, 5]),
+        ("train.weight_decay", [-0.1], [0.1]),
+        ("train.adam_beta1", [1, -0.1], [0]),
+        ("train.adam_beta2", [1, -0.1], [0.95]),
+        ("train.adam_epsilon", [0], [1e-6]),
+        ("train.max_grad_norm", [-1], [0]),
+        ("train.activation_checkpointing", [True], ["auto", "none", "full"]),
+        ("train.eval_steps", [0], [None, 1]),
+        ("train.logging_steps", [0], [1]),
+        ("engine.kind", ["zero"], ["auto", "ddp"]),
+        ("scaling.num_workers", [0, "all"], ["auto", 1, 16]),
+        ("scaling.use_gpu", ["maybe", 2], [True, False, "auto"]),
+        ("scaling.cpus_per_worker", [0], [1]),
+        ("scaling.max_failures", [-2], [-1, 0]),
+        ("checkpoint.every_steps", [0, "never"], ["auto", 1]),
+        ("checkpoint.keep", [0], [1]),
+        ("tracking.to", ["neptune", ["tensorboard", "x"]], []),
+    ],
+)
+def test_bounds_and_choices(key: str, bad: list[Any], good: list[Any]) -> None:
+    for value in bad:
+        with pytest.raises(ValidationError):
+            make(key, value)
+    for value in good:
+        assert get(make(key, value), key) == value
+
+
+def test_numeric_strings_are_numbers() -> None:
+    assert make("train.learning_rate", "2e-4").train.learning_rate == 2e-4
+    assert make("scaling.num_workers", "4").scaling.num_workers == 4
+
+
+def test_sources_are_normalised() -> None:
+    a = SourceConfig(path="a.jsonl")
+    for value in ["a.jsonl", ["a.jsonl"], {"path": "a.jsonl"}, [{"path": "a.jsonl"}], [a], a]:
+        assert make("data.sources", value).data.sources == (a,)
+    mixed = make("data.sources", ["a.jsonl", {"path": "b", "format": "alpaca"}]).data.sources
+    assert mixed == (a, SourceConfig(path="b", format="alpaca"))
+
+
+def test_empty_sources_say_what_to_do() -> None:
+    with pytest.raises(ValidationError, match="is empty; name at least one source"):
+        make("data.sources", [])
+
+
+def test_eval_sources_replace_the_fraction() -> None:
+    config = make("data.eval.sources", "held.jsonl")
+    assert config.data.eval.fraction == 0
+    assert config.data.eval.sources == (SourceConfig(path="held.jsonl"),)
+    with pytest.raises(ValidationError, match=r"data\.eval\.sources are given too; set one of them only"):
+        make("data.eval", {"sources": "x", "fraction": 0.1})
+    assert make("data.eval", {"sources": None, "fraction": 0.1}).data.eval.fraction == 0.1
+
+
+def test_micro_batch_fits_the_global_batch() -> None:
+    with pytest.raises(ValidationError, match=r"is more than train\.global_batch \(4\)"):
+        make("train", {"global_batch": 4, "micro_batch": 5})
+    assert make("train", {"global_batch": 4, "micro_batch": 4}).train.micro_batch == 4
+
+
+def test_every_worker_has_a_slot() -> None:
+    with pytest.raises(
+        ValidationError, match="each worker needs at least one pack of the global batch, which has 16"
+    ):
+        make("scaling.num_workers", 17)
+    assert Config.model_validate({"train": {"global_batch": 17}, "scaling": {"num_workers": 17}})
+
+
+def test_polynomial_needs_room_to_fall() -> None:
+    with pytest.raises(ValidationError, match="ends at a learning rate of 1e-7"):
+        make("train", {"lr_scheduler_type": "polynomial", "learning_rate": 1e-7})
+    assert make("train.lr_scheduler_type", "polynomial")
+
+
+def test_trackers_count_once_and_need_no_list() -> None:
+    assert make("tracking.to", "wandb").tracking.to == ("wandb",)
+    assert make("tracking.to", ["wandb", "mlflow", "wandb"]).tracking.to == ("wandb", "mlflow")
+    assert make("tracking.to", []).tracking.to == ()
+
+
+@pytest.mark.parametrize("key", ["run.storage", "model.name", "data.sources"])
+def test_credentials_are_refused(key: str) -> None:
+    for uri in ["s3://key:hunter2@bucket/x", "s3://bucket/x?secret_key=hunter2&region=eu"]:
+        with pytest.raises(ValidationError, match="holds credentials"):
+            make(key, uri)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["s3://bucket/x?region=eu", "hdfs://user@host/x", "C:\\data", "org/name@main", "https://[bad", "a:b@c"],
+)
+def test_plain_uris_hold_no_credentials(uri: str) -> None:
+    assert not holds_credentials(uri)
+
+
+UNITS = {
+    "adapter.r": "dimensions",
+    "adapter.alpha": "factor",
+    "adapter.dropout": "Probability",
+    "data.eval.fraction": "Fraction of the examples",
+    "data.seq_len": "tokens",
+    "train.num_train_epochs": "epochs",
+    "train.max_steps": "optimizer steps",
+    "train.global_batch": "Packs",
+    "train.micro_batch": "Packs",
+    "train.learning_rate": "per optimizer step",
+    "train.warmup_ratio": "fraction of all optimizer steps",
+    "train.warmup_steps": "optimizer steps",
+    "train.weight_decay": "factor per optimizer step",
+    "train.adam_beta1": "factor",
+    "train.adam_beta2": "factor",
+    "train.adam_epsilon": "units of the gradient",
+    "train.max_grad_norm": "L2 norm",
+    "train.eval_steps": "Optimizer steps",
+    "train.logging_steps": "Optimizer steps",
+    "scaling.num_workers": "Worker processes",
+    "scaling.cpus_per_worker": "CPUs",
+    "scaling.max_failures": "Restarts",
+    "checkpoint.every_steps": "Optimizer steps",
+    "checkpoint.keep": "Checkpoints",
+    "run.seed": "Seed",
+}
+
+
+def test_every_field_is_described() -> None:
+    for path, info in _FIELDS.items():
+        assert info.description, path
+        if not _section_of(info):
+            assert info.description.endswith("."), path
+            assert len(info.description) > 40, path
+
+
+def test_every_number_names_its_unit() -> None:
+    numeric = {".".join(p) for p, i in _FIELDS.items() if {int, float} & set(types_in(i.annotation))}
+    assert numeric == set(UNITS)
+    for key, unit in UNITS.items():
+        assert unit in (_FIELDS[tuple(key.split("."))].description or ""), key
+
+
+def test_no_key_is_named_like_a_secret() -> None:
+    assert not [key for key in KEYS if c.SECRET_NAME.search(key.rpartition(".")[2])]
+    assert all(
+        c.SECRET_NAME.search(k) for k in ["token", "hf_token", "api_key", "apikey", "password", "aws_secret"]
+    )
+    assert not any(c.SECRET_NAME.search(k) for k in ["max_tokens", "author", "tokenizer", "num_tokens"])
+
+
+def test_every_choice_is_explained_or_plain() -> None:
+    """Choices whose name does not explain itself are spelled out where the user reads them."""
+    for key in ["run.resume", "adapter.kind", "data.on_bad_row", "data.on_long_row", "model.attention"]:
+        info = _FIELDS[tuple(key.split("."))]
+        for choice in types_in(info.annotation):
+            assert re.search(rf"\b{choice}\b", info.description or ""), (key, choice)
