@@ -6,6 +6,7 @@ worker's output to the driver stays off, so a log holds each thing once and in o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -19,7 +20,7 @@ import ray.train
 import ray.train.torch
 import xxhash
 
-from raytune_ds import cluster, storage
+from raytune_ds import checkpoint, cluster, storage
 from raytune_ds.compose import dump
 from raytune_ds.config import Config
 from raytune_ds.console import human_count, human_time, say, warn
@@ -31,7 +32,7 @@ from raytune_ds.demo.data import domain_rows, write_rows
 from raytune_ds.display import Display
 from raytune_ds.errors import UserError
 from raytune_ds.rundir import RunDir
-from raytune_ds.worker import Assignment, Outcome, run_worker
+from raytune_ds.worker import Assignment, Outcome, require_same_run, run_worker
 from raytune_ds.world import World
 
 POLL_S = 0.3
@@ -77,6 +78,9 @@ def launch(config: Config, debug: bool = False) -> Result:
     scale = cluster.plan_scale(config.scaling, config.train.global_batch)
     say(f"{scale.num_workers} {'GPU' if scale.use_gpu else 'CPU'} worker(s) on {where}")
     assignment = prepare_run(config, root)
+    if (done := _finished_before(assignment)) is not None:
+        say(f"run: {assignment.run.path} is finished already; raise train.num_train_epochs to go on")
+        return done
     _claim(assignment)
     say(f"run: {assignment.run.path}")
     outcome, restarts = _fit(assignment, scale, debug)
@@ -199,6 +203,25 @@ def _claim(assignment: Assignment) -> None:
     if not there:
         storage.make_dir(run.path)
     storage.write_bytes(run.config, dump(_replace(config, run={"name": name})).encode())
+
+
+def _finished_before(assignment: Assignment) -> Result | None:
+    """The result of a run that has done all its steps.
+
+    Raises:
+        UserError: its newest checkpoint was made with other settings.
+    """
+    root = assignment.run.checkpoints
+    steps = checkpoint.steps(root)
+    if not steps:
+        return None
+    with contextlib.suppress(checkpoint.CheckpointError):
+        # Workers look closer; this answers at once in the usual case.
+        require_same_run(assignment, checkpoint.read_manifest(checkpoint.directory(root, steps[-1])))
+    values = storage.read_json(assignment.run.result)
+    if values is None or values["progress"]["step"] < assignment.plan.total_steps:
+        return None
+    return Result(**values) if storage.exists(assignment.run.final) else None
 
 
 def _replace(config: Config, **sections: dict[str, Any]) -> Config:

@@ -38,7 +38,8 @@ class Plan:
         every = config.checkpoint.every_steps
         return Plan(
             total_steps=total,
-            eval_every=train.eval_steps or per_epoch,
+            # The end of every epoch, but of short ones not each.
+            eval_every=train.eval_steps or max(per_epoch, -(-total // 20)),
             # A tenth of the run is what a crash may cost, but a long run pays for more than 500 steps at most.
             checkpoint_every=min(500, max(10, -(-total // 10))) if every == "auto" else every,
             order=order,

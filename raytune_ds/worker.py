@@ -63,6 +63,12 @@ class Assignment:
     run: RunDir
 
     @property
+    def plan(self) -> Plan:
+        """How long the run is."""
+        config = self.config
+        return Plan.of(config, self.store.order("train", config.train.global_batch, config.run.seed))
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What has to be the same for a run to go on from a checkpoint."""
         config = self.config
@@ -130,9 +136,8 @@ def _train_and_save(
     report: Report,
 ) -> Outcome:
     config, store = assignment.config, assignment.store
-    order = store.order("train", config.train.global_batch, config.run.seed)
-    plan = Plan.of(config, order)
-    share = _share(order, world, config, store)
+    plan = assignment.plan
+    share = _share(plan.order, world, config, store)
     report("start", {"step": progress.step, "total_steps": plan.total_steps, "world_size": world.size})
     module = engine.module
     assert isinstance(module, PackedLM)
@@ -196,6 +201,16 @@ def _where_to_start(assignment: Assignment, world: World, report: Report) -> tup
     if path is None:
         return None
     manifest = found[1] if found else checkpoint.read_manifest(path)
+    require_same_run(assignment, manifest)
+    return path, manifest
+
+
+def require_same_run(assignment: Assignment, manifest: Manifest) -> None:
+    """Refuses to go on from a checkpoint that was made with other settings.
+
+    Raises:
+        UserError: naming each difference.
+    """
     there, here = manifest.identity, assignment.identity
     changed = [
         f"  {key}: {there.get(key)} then, {here[key]} now" for key in here if there.get(key) != here[key]
@@ -207,7 +222,6 @@ def _where_to_start(assignment: Assignment, world: World, report: Report) -> tup
             + "\n".join(changed)
             + "\nSet them back to go on, or choose another run.name to start anew."
         )
-    return path, manifest
 
 
 def _open_tracking(assignment: Assignment, found: tuple[str, Manifest] | None, report: Report) -> Tracking:

@@ -31,17 +31,13 @@ def segment_sdpa(
     scale: float | None,
 ) -> torch.Tensor:
     """One causal `scaled_dot_product_attention` a document; any device and dtype. Returns [B, H, T, D]."""
-    bounds = segments.tolist()
+    lengths = segments.diff().tolist()
+    # split and not slices: the backward pass of each slice would write a gradient as long as the whole row.
+    documents = zip(*(x.split(lengths, dim=2) for x in (q_BHTD, k_BGTD, v_BGTD)), strict=True)
+    grouped = q_BHTD.shape[1] != k_BGTD.shape[1]
     outputs = [
-        F.scaled_dot_product_attention(
-            q_BHTD[:, :, start:end],
-            k_BGTD[:, :, start:end],
-            v_BGTD[:, :, start:end],
-            is_causal=True,
-            scale=scale,
-            enable_gqa=q_BHTD.shape[1] != k_BGTD.shape[1],
-        )
-        for start, end in zip(bounds, bounds[1:], strict=False)
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        for q, k, v in documents
     ]
     return torch.cat(outputs, dim=2)
 

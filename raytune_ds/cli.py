@@ -1,0 +1,157 @@
+"""`raytune-ds VERB` and `python -m raytune_ds VERB`. Each verb's module is imported when it is used."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from raytune_ds.command import add_config_arguments, guarded, parser
+from raytune_ds.console import out, say
+from raytune_ds.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, 1 for a failed run, 2 for a mistake of the user's."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["train"]:
+        from raytune_ds import train
+
+        return train.main(given[1:])
+    arguments = _parser().parse_args(given)
+    return guarded(lambda: arguments.run(arguments) or 0, debug=arguments.debug)
+
+
+def _parser() -> argparse.ArgumentParser:
+    command = argparse.ArgumentParser(
+        prog="raytune-ds", description="Fine-tunes DeepSeek-family models on Ray."
+    )
+    verbs = command.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs.add_parser("train", add_help=False, help="fine-tune a model (also: python -m raytune_ds.train)")
+    for name, summary, run, add in (
+        ("data", "prepare data and show what will be trained on", _data, _add_data),
+        ("chat", "talk to a finished run", _chat, _add_chat),
+        ("generate", "answer prompts with a finished run", _generate, _add_generate),
+        ("demo", "the bundled demo: a tiny model learns a domain", _demo, _add_demo),
+    ):
+        base = parser(f"raytune-ds {name}", summary)
+        verb = verbs.add_parser(name, help=summary, parents=[base], add_help=False)
+        add(verb)
+        verb.set_defaults(run=run)
+    return command
+
+
+# -------------------------------------------------------------------------------------------------- data
+
+
+def _add_data(verb: argparse.ArgumentParser) -> None:
+    add_config_arguments(verb)
+    verb.add_argument("--examples", type=int, default=3, metavar="N", help="examples to show (3)")
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from raytune_ds.compose import compose, dump
+
+    config = compose(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        sys.stdout.write(dump(config))
+        return 0
+    from raytune_ds import cluster, launch
+    from raytune_ds.data.show import show
+
+    root = launch.check_storage(config)
+    cluster.connect(arguments.debug)
+    assignment = launch.prepare_run(launch.with_default_data(config, root), root)
+    show(assignment.store, assignment.tokenizer, arguments.examples)
+    return 0
+
+
+# ------------------------------------------------------------------------------------- chat and generate
+
+
+def _add_model(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--run", required=True, dest="run_dir", metavar="DIR", help="the run directory")
+    verb.add_argument("--system", metavar="TEXT", help="a system message")
+    verb.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="the longest answer, in tokens (256)"
+    )
+    verb.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token each time (0)"
+    )
+    verb.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (1.0)")
+
+
+def _add_chat(verb: argparse.ArgumentParser) -> None:
+    _add_model(verb)
+
+
+def _add_generate(verb: argparse.ArgumentParser) -> None:
+    _add_model(verb)
+    source = verb.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="one prompt; the answer is streamed")
+    source.add_argument(
+        "--prompts", metavar="FILE", help="a prompt a line, or JSON lines with prompt or messages"
+    )
+    verb.add_argument("--output", metavar="FILE", help="write JSON lines there instead of printing")
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from raytune_ds.generate import Generator, chat
+
+    chat(Generator.of_run(arguments.run_dir), _sampling(arguments), arguments.system)
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from raytune_ds.generate import Generator, read_prompts, write_answers, write_now
+
+    conversations = read_prompts(arguments.prompts) if arguments.prompts else [_user(arguments.prompt)]
+    if arguments.output and Path(arguments.output).exists():
+        raise UserError(f"--output {arguments.output}: is there already; choose another name.")
+    if arguments.system:
+        conversations = [[{"role": "system", "content": arguments.system}, *c] for c in conversations]
+    generator = Generator.of_run(arguments.run_dir)
+    if arguments.prompt and not arguments.output:
+        generator.stream(conversations[0], _sampling(arguments), write_now)
+        say("")
+        return 0
+    answers = generator.answer(conversations, _sampling(arguments))
+    if arguments.output:
+        write_answers(conversations, answers, Path(arguments.output))
+        say(f"{len(conversations)} answers written to {arguments.output}")
+    else:
+        for conversation, answer in zip(conversations, answers, strict=True):
+            out.print(f"> {conversation[-1]['content']}", style="dim", markup=False)
+            say(answer)
+    return 0
+
+
+def _user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _sampling(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]  # imported late
+    from raytune_ds.generate import Sampling
+
+    return Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
+
+
+# -------------------------------------------------------------------------------------------------- demo
+
+
+def _add_demo(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--storage", default="~/raytune_ds", metavar="DIR", help="where the runs go (~/raytune_ds)"
+    )
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from raytune_ds.demo.run import demo
+
+    demo(arguments.storage, debug=arguments.debug)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
