@@ -60,9 +60,9 @@ def _data(arguments: argparse.Namespace) -> int:
     from raytune_ds import cluster, launch
     from raytune_ds.data.show import show
 
-    root = launch.check_storage(config)
+    checked = launch.check(config)
     cluster.connect(arguments.debug)
-    assignment = launch.prepare_run(launch.with_default_data(config, root), root)
+    assignment = checked.assign()
     show(assignment.store, assignment.tokenizer, arguments.examples)
     return 0
 

@@ -24,7 +24,7 @@ class Scale:
 
 
 def connect(debug: bool) -> str:
-    """Joins the running Ray, or starts an embedded one; says which.
+    """Joins the cluster that RAY_ADDRESS or the last `ray start` here names, or starts an embedded Ray; says which.
 
     Raises:
         UserError: RAY_ADDRESS names a cluster that does not answer.
@@ -32,18 +32,20 @@ def connect(debug: bool) -> str:
     if ray.is_initialized():
         return "the Ray that is running"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    level = logging.INFO if debug else logging.ERROR
+    how = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.CRITICAL}
     try:
-        ray.init(address="auto", log_to_driver=debug, logging_level=level)
+        context = ray.init(include_dashboard=False, **how)
     except ConnectionError as error:
         if address := os.environ.get("RAY_ADDRESS"):
             raise UserError(
                 f"RAY_ADDRESS = {address}: no Ray cluster answers there.\n"
                 "Start it (ray start --head), or unset RAY_ADDRESS to run on an embedded Ray."
             ) from error
-        ray.init(address="local", log_to_driver=debug, logging_level=level, include_dashboard=False)
-        return "an embedded Ray"
-    return f"the Ray cluster at {ray.get_runtime_context().gcs_address}"
+        # What `ray start` left behind of a cluster that is gone.
+        context = ray.init(address="local", include_dashboard=False, **how)
+    # A session is named after the process that started it.
+    embedded = context.address_info["session_dir"].endswith(f"_{os.getpid()}")
+    return "an embedded Ray" if embedded else f"the Ray cluster at {context.address_info['gcs_address']}"
 
 
 def plan_scale(config: ScalingConfig, global_batch: int) -> Scale:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from collections.abc import Callable
 
 from raytune_ds.console import err
@@ -25,8 +26,8 @@ _QUIET = {
 class _Help(argparse.Action):
     """--help whose long part is made only when asked for."""
 
-    def __init__(self, *args: object, epilog: Callable[[], str], **kwargs: object) -> None:
-        super().__init__(*args, nargs=0, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, option_strings: list[str], dest: str, epilog: Callable[[], str], help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
         self._epilog = epilog
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
@@ -66,6 +67,7 @@ def add_config_arguments(command: argparse.ArgumentParser) -> None:
 def guarded(action: Callable[[], int], debug: bool) -> int:
     """Runs `action`: a UserError becomes its message and exit code 2, Ctrl-C 130, anything else is a crash."""
     if not debug:
+        warnings.simplefilter("ignore")
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
     try:

@@ -93,7 +93,7 @@ class ProgressLine:
         now = time.monotonic()
         if self._first is None:
             self._first, self._started = done, now
-        if now - self._logged >= self.LOG_EVERY_S or done >= self._total > 0:
+        if now - self._logged >= self.LOG_EVERY_S:
             self._logged = now
             say(f"{self._label} {self._share(done)}{detail}{self._left(done, now)}")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from types import TracebackType
 from typing import Any
 
 from raytune_ds.console import ProgressLine, human_count, say, warn
+
+# One step's rate jumps about: a partial batch is slow.
+RATE_STEPS = 20
 
 
 class Display:
@@ -15,7 +18,7 @@ class Display:
     def __init__(self) -> None:
         """Says nothing until something happens."""
         self._progress: ProgressLine | None = None
-        self._started = time.monotonic()
+        self._rate: deque[tuple[int, float]] = deque(maxlen=RATE_STEPS)
 
     def __enter__(self) -> Display:
         say("starting the workers ...")
@@ -42,10 +45,12 @@ class Display:
             say(f"all {total} steps are done already")
 
     def _show_step(self, content: dict[str, Any]) -> None:
+        self._rate.append((content["tokens"], content["step_time_s"]))
         if self._progress:
+            tokens, seconds = map(sum, zip(*self._rate, strict=True))
             detail = (
                 f"step {content['step']}  loss {content['loss']:.4f}  lr {content['lr']:.2e}  "
-                f"{human_count(content['tokens_per_s'])} tokens/s"
+                f"{human_count(tokens / seconds)} tokens/s"
             )
             self._progress.update(content["step"], detail)
         if content["skipped"]:

@@ -1,4 +1,4 @@
-"""Answers from a finished run: base model plus adapter, or the fully trained model. Batched, or streamed to a terminal."""
+"""Answers from a finished run, base plus adapter or the trained model: batched, or streamed to a terminal."""
 
 from __future__ import annotations
 

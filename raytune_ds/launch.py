@@ -22,12 +22,12 @@ import xxhash
 
 from raytune_ds import checkpoint, cluster, storage
 from raytune_ds.compose import dump
-from raytune_ds.config import Config
+from raytune_ds.config import Config, ModelConfig
 from raytune_ds.console import human_count, human_time, say, warn
 from raytune_ds.data.inputs import Inputs
 from raytune_ds.data.prepare import prepare
 from raytune_ds.data.stream import stream
-from raytune_ds.data.tokenizer import TokenizerSpec
+from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 from raytune_ds.demo.data import domain_rows, write_rows
 from raytune_ds.display import Display
 from raytune_ds.errors import UserError
@@ -72,12 +72,11 @@ def launch(config: Config, debug: bool = False) -> Result:
         TrainingFailedError: workers died more often than `scaling.max_failures`; the run can be resumed.
     """
     started = time.monotonic()
-    root = check_storage(config)
+    plan = check(config)
     where = cluster.connect(debug)
-    config = with_default_data(config, root)
     scale = cluster.plan_scale(config.scaling, config.train.global_batch)
     say(f"{scale.num_workers} {'GPU' if scale.use_gpu else 'CPU'} worker(s) on {where}")
-    assignment = prepare_run(config, root)
+    assignment = plan.assign()
     if (done := _finished_before(assignment)) is not None:
         say(f"run: {assignment.run.path} is finished already; raise train.num_train_epochs to go on")
         return done
@@ -105,7 +104,7 @@ def launch(config: Config, debug: bool = False) -> Result:
 # ------------------------------------------------------------------------------------- before any worker starts
 
 
-def check_storage(config: Config) -> str:
+def _check_storage(config: Config) -> str:
     """The absolute storage root, after writing to it.
 
     Raises:
@@ -121,7 +120,7 @@ def check_storage(config: Config) -> str:
     return root
 
 
-def with_default_data(config: Config, root: str) -> Config:
+def _with_default_data(config: Config, root: str) -> Config:
     """The bundled demo data where the config names none."""
     if config.data.sources is not None:
         return config
@@ -130,31 +129,66 @@ def with_default_data(config: Config, root: str) -> Config:
     return _replace(config, data={"sources": [{"path": str(path), "format": "alpaca"}]})
 
 
-def prepare_run(config: Config, root: str) -> Assignment:
-    """Model, tokenizer and packed store of a run, every one of them tried.
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A config whose storage, data files and model are there and fit together; Ray has not been asked for anything yet.
+
+    Attributes:
+        config: with the bundled data named where it named none.
+        root: the absolute storage.
+        inputs: the data files.
+        model: with a directory in place of a tiny model's name.
+        tokenizer: of the model.
+    """
+
+    config: Config
+    root: str
+    inputs: Inputs
+    model: ModelConfig
+    tokenizer: TokenizerSpec
+
+    def assign(self) -> Assignment:
+        """Prepares the data: what a worker is told. Ray is needed.
+
+        Raises:
+            UserError: a row is bad, or nothing is left to train on.
+        """
+        store = prepare(self.config, self.inputs, self.tokenizer, f"{self.root}/.prepared")
+        run = RunDir(f"{self.root}/{self.config.run.name or _make_name(self.config)}")
+        return Assignment(self.config, self.model, self.tokenizer, store, run)
+
+
+def check(config: Config) -> Checked:
+    """Tries all that can be tried without Ray, the quick things first, and says what it finds.
 
     Raises:
         UserError: anything the user can mend.
     """
+    root = _check_storage(config)
+    config = _with_default_data(config, root)
+    inputs = Inputs.find(config.data)
+    for line in inputs.summary():
+        say(f"data: {line}")
     # Late, because torch and transformers take seconds to import, and what came before may have failed.
     from raytune_ds.model import adapters
     from raytune_ds.model.load import skeleton
 
-    inputs = Inputs.find(config.data)
-    for path, row_format in {item.file.path: item.format for item in inputs.items}.items():
-        say(f"data: {path}: {row_format} rows")
-    model = config.model
-    if model.name.startswith("tiny:"):
-        model = model.model_copy(update={"name": str(_build_tiny(config, inputs, root))})
-    elif Path(model.name).expanduser().is_dir():
-        model = model.model_copy(update={"name": str(Path(model.name).expanduser().absolute())})
+    model = _located(config, inputs, root)
     report = adapters.report(skeleton(model), config.adapter)
-    for line in (f"model: {config.model.name}", *report.lines()):
-        say(line)
+    say("\n".join((f"model: {config.model.name}", *report.lines())))
     tokenizer = TokenizerSpec.of(model.name, config.data.chat_template, model.trust_remote_code)
-    store = prepare(config, inputs, tokenizer, f"{root}/.prepared")
-    run = RunDir(f"{root}/{config.run.name or _make_name(config)}")
-    return Assignment(config, model, tokenizer, store, run)
+    load_tokenizer(tokenizer)
+    return Checked(config, root, inputs, model, tokenizer)
+
+
+def _located(config: Config, inputs: Inputs, root: str) -> ModelConfig:
+    """The model with an absolute directory for its name, unless it is of the hub."""
+    name = config.model.name
+    if name.startswith("tiny:"):
+        name = str(_build_tiny(config, inputs, root))
+    elif Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser().absolute())
+    return config.model.model_copy(update={"name": name})
 
 
 def _build_tiny(config: Config, inputs: Inputs, root: str) -> Path:

@@ -64,8 +64,7 @@ class RunDir:
 def parse_lines(content: bytes) -> list[dict[str, Any]]:
     """JSON lines; a last line that a dying process left half written is passed over."""
     lines = content.split(b"\n")
-    rows = [json.loads(line) for line in lines[:-1] if line]
-    return rows
+    return [json.loads(line) for line in lines[:-1] if line]
 
 
 class MetricsFile:
@@ -81,7 +80,8 @@ class MetricsFile:
         self._content = b"".join(_line(row) for row in kept)
         storage.write_bytes(self._path, self._content)
         local = storage.is_local(self._path)
-        self._file = Path(storage.absolute(self._path)).open("ab", buffering=0) if local else None
+        file = Path(storage.absolute(self._path))
+        self._file = file.open("ab", buffering=0) if local else None
 
     def write(self, row: dict[str, Any]) -> None:
         """One line."""

@@ -236,9 +236,8 @@ def _open_tracking(assignment: Assignment, found: tuple[str, Manifest] | None, r
 
 def _share(order: Order, world: World, config: Config, store: Store) -> Share:
     largest_share = len(order.slots(0, world.size))
-    micro_batch = config.train.micro_batch
-    if micro_batch == "auto":
-        micro_batch = max(1, AUTO_MICRO_BATCH_TOKENS // store.manifest.seq_len)
+    wanted = config.train.micro_batch
+    micro_batch = max(1, AUTO_MICRO_BATCH_TOKENS // store.manifest.seq_len) if wanted == "auto" else wanted
     return Share(order, world.rank, world.size, min(micro_batch, largest_share))
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the ranks.
+    """A process's place among the ranks.
 
     Attributes:
         rank: from 0.

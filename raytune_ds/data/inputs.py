@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import xxhash
 
@@ -28,6 +30,7 @@ class Input:
     file: SourceFile
     format: str
     held_out: bool
+    source: str
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,16 @@ class Inputs:
             for source in sources or ():
                 files = expand(source.path)
                 row_format = _format_of(source, files[0])
-                items += [Input(file, row_format, held_out) for file in files]
+                items += [Input(file, row_format, held_out, source.path) for file in files]
         return Inputs(tuple(items))
+
+    def summary(self) -> list[str]:
+        """A line a source."""
+        sources = Counter((item.source, item.format, item.held_out) for item in self.items)
+        return [
+            f"{source}: {row_format} rows{f' in {files} files' * (files > 1)}{', all held out' * held_out}"
+            for (source, row_format, held_out), files in sources.items()
+        ]
 
     @property
     def num_bytes(self) -> int:
@@ -73,7 +84,7 @@ class Inputs:
             left = SAMPLE_CHARS // len(self.items)
             for row in read_rows(item.file):
                 for text in _texts(row, item.format):
-                    yield text[:left]
+                    yield text[: max(0, left)]
                     left -= len(text)
                 if left <= 0:
                     break
@@ -82,14 +93,10 @@ class Inputs:
 def _format_of(source: SourceConfig, file: SourceFile) -> str:
     if source.format != "auto":
         return source.format
-    rows = []
-    for row in read_rows(file):
-        if row.value is not None:
-            rows.append(row.value)
-        elif row.fatal or not rows:
-            raise UserError(f"{where(file, row)}: {row.error}")
-        if len(rows) == ROWS_FOR_DETECTION:
-            break
+    first = list(islice(read_rows(file), ROWS_FOR_DETECTION))
+    rows = [row.value for row in first if row.value is not None]
+    if not rows:
+        raise UserError(f"{where(file, first[0])}: {first[0].error}" if first else f"{file.path}: no row in it")
     try:
         return detect(rows)
     except RowError as error:

@@ -49,7 +49,7 @@ def fetch_step(reader: PackReader, share: Share, step: int) -> dict[int, dict[st
 
 
 def fetch_rows(batch: dict[str, np.ndarray], store: Store, split: str, share: Share) -> Iterator[pa.Table]:
-    """The steps from `first` up to `last` to one Arrow row each: the slots that have a pack, and the packs' columns end to end."""
+    """The steps from `first` up to `last` to one Arrow row each: the slots that have a pack, and the packs' columns."""
     reader = store.reader(split)
     for step in range(int(batch["first"][0]), int(batch["last"][0])):
         packs = fetch_step(reader, share, step)

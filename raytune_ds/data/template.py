@@ -130,6 +130,6 @@ def coloured(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
         while end < len(encoded.ids) and bool(encoded.weights[end]) == bool(encoded.weights[start]):
             end += 1
         style = "bold green" if encoded.weights[start] else "dim"
-        text.append(tokenizer.decode(encoded.ids[start:end]), style=style)
+        text.append(str(tokenizer.decode(encoded.ids[start:end])), style=style)
         start = end
     return text

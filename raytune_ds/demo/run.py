@@ -10,6 +10,7 @@ What counts is the exact match on three further phrasings of each fact, which ne
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,21 @@ BASE = [
     "train.weight_decay=0.01",
 ]
 LORA = [
-    "adapter.r=32",
-    "adapter.alpha=64",
+    # A large rank and rate for LoRA, because the model is small and the facts are all new to it.
+    "adapter.r=64",
+    "adapter.alpha=128",
     "train.global_batch=4",
-    "train.learning_rate=5e-3",
-    "train.num_train_epochs=40",
-    "train.eval_steps=40",
+    "train.learning_rate=3e-3",
+    "train.warmup_ratio=0.1",
+    "train.num_train_epochs=60",
+    "train.eval_steps=60",
 ]
 FULL = [
     "adapter.kind=none",
     "train.global_batch=4",
     "train.learning_rate=1e-3",
     "train.num_train_epochs=15",
-    "train.eval_steps=40",
+    "train.eval_steps=30",
 ]
 
 
@@ -88,23 +91,19 @@ def _show(results: dict[str, Result], scores: dict[str, Score]) -> None:
     before = results["lora"].progress["first_eval_loss"]
     table(
         f"{scores['base'].num_questions} questions in phrasings never trained on",
-        [
-            "model",
-            "exact match",
-            "held-out loss",
-            "trained parameters",
-            "training time",
-            "peak memory",
-            "saved",
-        ],
+        ["", "exact match", "loss", "trained", "time", "memory", "saved"],
         [
             ["before", _percent(scores["base"]), f"{before:.3f}", "-", "-", "-", "-"],
             ["LoRA", *_row(results["lora"], scores["lora"])],
-            ["all parameters", *_row(results["full"], scores["full"])],
+            ["full", *_row(results["full"], scores["full"])],
         ],
     )
-    say(f"talk to it: raytune-ds chat --run {results['lora'].run}")
-    say("            What does b.i.d. mean?", style="dim")
+    say("trained: parameters; time: in training steps; memory: at the peak, a worker; saved: in final/", style="dim")
+    say(f"\nThe model learned what prescriptions say. Ask it: What does b.i.d. mean?\n{_chat(results['lora'])}")
+
+
+def _chat(result: Result) -> str:
+    return f"  {Path(sys.executable).parent / 'raytune-ds'} chat --run {result.run}"
 
 
 def _row(result: Result, score: Score) -> list[Any]:

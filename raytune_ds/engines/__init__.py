@@ -42,7 +42,7 @@ class Engine(Protocol):
         """Sums the gradient over the ranks, clips it, applies it at learning rate `lr`, and clears it."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """This rank's share of the state that a checkpoint keeps, by name; the ranks' shares make the whole."""
+        """The rank's share of the state that a checkpoint keeps, by name; the ranks' shares make the whole."""
 
     def load_state(self, read: Callable[[str], torch.Tensor], names: Mapping[str, torch.Size]) -> None:
         """Takes the state back, whichever engine and world wrote it.

@@ -1,10 +1,10 @@
 """Data parallel: every rank holds all parameters, and the gradients are summed once an optimizer step.
 
-The gradients live in one flat buffer that `parameter.grad` are views of. So the sum over ranks is one collective without
-a copy, its norm is one call, and a parameter that took no part (an expert without tokens) simply has a gradient of zero.
-torch's DistributedDataParallel would overlap the collective with the backward pass, at the price of a wrapper that
-averages, wants every forward pass to go through it, and has to be told which micro-batch is the last. For adapters,
-which are small, there is nothing to overlap.
+The gradients live in one flat buffer that `parameter.grad` are views of. So the sum over ranks is one collective
+without a copy, its norm is one call, and a parameter that took no part (an expert without tokens) simply has a gradient
+of zero. torch's DistributedDataParallel would overlap the collective with the backward pass, at the price of a wrapper
+that averages, wants every forward pass to go through it, and has to be told which micro-batch is the last. For
+adapters, which are small, there is nothing to overlap.
 """
 
 from __future__ import annotations
@@ -68,10 +68,8 @@ class DdpEngine:
         state = {}
         for name, parameter in list(self._parameters.items())[self._world.rank :: self._world.size]:
             state[f"model/{name}"] = parameter.detach()
-            moments = self._optimizer.state.get(parameter)
-            for moment in MOMENTS if moments else ():
-                state[f"{moment}/{name}"] = moments[moment]
-            if moments:
+            if moments := self._optimizer.state.get(parameter):
+                state |= {f"{moment}/{name}": moments[moment] for moment in MOMENTS}
                 state[f"step/{name}"] = moments["step"].reshape(1)
         return state
 

@@ -53,12 +53,11 @@ class AdapterReport:
         if not self.adapted:
             return [head]
         adapted = ", ".join(f"{group.name} x{group.count}" for group in self.adapted)
-        alone = [
-            f"  {group.name} x{group.count} {group.shape}: {group.note}"
-            for group in self.left_alone
-            if group.num_parameters >= 0.001 * self.total
-        ]
-        return [head, f"  adapted: {adapted}", *(["  not adapted:"] if alone else []), *alone]
+        reasons: dict[str, list[str]] = {}
+        for group in self.left_alone:
+            reasons.setdefault(group.note, []).append(f"{group.name} x{group.count}")
+        alone = [f"  not adapted: {', '.join(names)} ({why})" for why, names in reasons.items()]
+        return [head, f"  adapted: {adapted}", *alone]
 
 
 def resolve_targets(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
@@ -95,11 +94,11 @@ def _matching(
     if isinstance(targets, str):
         matched = [name for name in candidates if re.fullmatch(targets, name)]
         if not matched:
-            raise UserError(_no_match(model, [targets], candidates))
+            raise UserError(_no_match(model, [targets], candidates, moved))
         return matched
     misses = [t for t in targets if not any(_ends_with(name, t) for name in candidates)]
     if misses:
-        raise UserError(_no_match(model, misses, candidates))
+        raise UserError(_no_match(model, misses, candidates, moved))
     return [name for name in candidates if any(_ends_with(name, target) for target in targets)]
 
 
@@ -188,22 +187,22 @@ def _num_trained_biases(model: PreTrainedModel, config: AdapterConfig, chosen: s
 def _left_alone(model: PreTrainedModel, chosen: set[str]) -> list[Group]:
     groups: dict[tuple[str, str], list[nn.Parameter]] = {}
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    why_of = {id(head.weight): "the output head", id(embeddings.weight): "the embedding"}
+    why_of = {id(head.weight): "output head", id(embeddings.weight): "embedding"}
     linear = {f"{name}.weight" for name in linear_names(model)}
     moved = _moved_by_peft(model, {_short(name) for name in linear_names(model)})
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[0] in chosen or parameter.ndim < 2:
             continue
         if parameter.ndim == 3:
-            why = "routed experts, fused in one parameter, which no linear target reaches"
+            why = "routed experts, fused into one parameter a layer"
         elif name in linear:
             why = (
-                "an adapter of that name would go to the routed experts"
+                "dense and shared experts: peft would put adapters of these names on the routed experts"
                 if _short(name.removesuffix(".weight")) in moved
                 else "not among adapter.targets"
             )
         else:
-            why = why_of.get(id(parameter), "the router")
+            why = why_of.get(id(parameter), "router")
         short = ".".join(name.removesuffix(".weight").split(".")[-2:])
         groups.setdefault((short, why), []).append(parameter)
     return [
@@ -228,8 +227,10 @@ def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _no_match(model: PreTrainedModel, misses: Sequence[str], candidates: Sequence[str]) -> str:
-    short = Counter(_short(name) for name in candidates)
+def _no_match(
+    model: PreTrainedModel, misses: Sequence[str], candidates: Sequence[str], moved: set[str]
+) -> str:
+    short = Counter(_short(name) for name in candidates if _short(name) not in moved)
     lines = []
     for miss in misses:
         close = difflib.get_close_matches(miss, short, 4, cutoff=0.6)

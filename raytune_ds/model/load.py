@@ -1,4 +1,4 @@
-"""Hugging Face models from a directory or the hub, ready for packs, and what can be known of one before it is loaded."""
+"""Hugging Face models from a directory or the hub, and what can be known of one before it is loaded."""
 
 from __future__ import annotations
 

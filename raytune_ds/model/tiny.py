@@ -149,7 +149,7 @@ def build(architecture: str, texts: Callable[[], Iterable[str]], seed: int, targ
         return target
     tokenizer = train_tokenizer(texts())
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in _TOKEN_IDS.items()}
-    config = AutoConfig.for_model(**ARCHITECTURES[architecture], vocab_size=len(tokenizer), **ids)
+    config = AutoConfig.for_model(**ARCHITECTURES[architecture] | ids, vocab_size=len(tokenizer))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)

@@ -21,7 +21,13 @@ def ray_session() -> Iterator[None]:
     """Ray, started once: a start costs seconds, and its worker processes stay warm between tests."""
     import ray
 
-    ray.init(address="local", num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local",
+        num_cpus=NUM_CPUS,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     yield
     ray.shutdown()
 
