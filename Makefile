@@ -23,7 +23,7 @@ train: $(READY)  ## the demo: a tiny DeepSeek-V3-shaped model learns a domain, i
 	$(BIN)/raytune-ds demo
 
 test: $(READY)  ## all tests: no network, no GPU
-	$(BIN)/python -m pytest tests/unit tests/integration
+	$(BIN)/python -m pytest tests
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

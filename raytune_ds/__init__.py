@@ -1,1 +1,29 @@
-"""raytune_ds: fine-tunes DeepSeek-family models on Ray."""
+"""raytune_ds: fine-tunes DeepSeek-family models on Ray, by LoRA or with all parameters.
+
+The map of the house. A module imports only what stands above it; `tests/unit/test_layers.py` holds that.
+
+    errors, console, storage, hub      what a user caused; what people see; files anywhere; the Hugging Face hub
+    config, aliases, yamlfile, compose the config tree, and how YAML and key=value become one
+    data/formats, sources, readers     any row of any file to one `Example`
+    data/order                         pure: (seed, epoch, step, slot) to the pack that is read
+    data/packing, store                token sequences to packs; packs to Parquet shards and back
+    data/tokenizer, inputs, template   tokenizers; which files a run reads; `Example` to ids and loss weights
+    data/scatter, buckets, prepare (R) the Ray Data job: rows, scattered over buckets, packed
+    data/share, batch, stream (R)      what a rank reads of a global batch, as `Batch`es, read ahead
+    model/                             load, tiny: models, packed attention and losses, adapters
+    objectives/, engines/              a batch to a loss sum; gradients to an update
+    checkpoint, tracking, export       what a run leaves behind
+    loop, worker                       the training loop; one worker from start to end (no Ray in either)
+    generate, evaluate                 answers and scores of a finished run
+    cluster, launch (R)                the Ray it runs on; a config to a finished run
+    demo/, train, cli                  the bundled demo; the command lines
+
+A row's way from a file to a gradient: `inputs` finds files and formats; `prepare` reads them with Ray Data, and its
+tasks turn rows into `Example`s (`formats`), these into ids and weights (`template`), scatter them by a hash of their
+place (a global shuffle that no parallelism changes) and pack each bucket (`packing`). The store is found again by a
+hash of everything that made it. `order` says which pack each slot of each global batch reads, whatever the number of
+workers; `stream` fetches a rank's share ahead of time. `loop` sums the loss weights over all ranks first, so that
+`engine.backward(loss_sum / global_weight)` adds up to the gradient of one mean over the whole global batch. The model
+sees packs whose documents do not see each other (`model/attention`) and makes logits only where they are trained on
+(`model/packed`). R marks where Ray is imported.
+"""

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from raytune_ds import storage
 from raytune_ds.data.packing import first_fit_decreasing
-from raytune_ds.data.scatter import DOCUMENT_SCHEMA, Job, bucket_dir, peak_memory_mib
+from raytune_ds.data.scatter import DOCUMENT_SCHEMA, Job, bucket_dir, memory_mib
 from raytune_ds.data.store import (
     PACK_SCHEMA,
     ROW_GROUP,
@@ -38,7 +38,7 @@ def pack_bucket(batch: dict[str, np.ndarray], job: Job, threshold: int) -> dict[
             write_table(packs.slice(0, whole), f"{job.target}/{split}-{bucket:06d}.parquet")
         write_table(packs.slice(whole), f"{job.scratch}/rest-{split}-{bucket:06d}.parquet")
         result[split] = {"whole": whole, "rest": packs.num_rows - whole, **_counts(packs)}
-    result["peak_memory_mib"] = peak_memory_mib()
+    result["peak_memory_mib"] = memory_mib()
     return {"packed": [result]}
 
 

@@ -96,7 +96,9 @@ def _format_of(source: SourceConfig, file: SourceFile) -> str:
     first = list(islice(read_rows(file), ROWS_FOR_DETECTION))
     rows = [row.value for row in first if row.value is not None]
     if not rows:
-        raise UserError(f"{where(file, first[0])}: {first[0].error}" if first else f"{file.path}: no row in it")
+        raise UserError(
+            f"{where(file, first[0])}: {first[0].error}" if first else f"{file.path}: no row in it"
+        )
     try:
         return detect(rows)
     except RowError as error:

@@ -11,6 +11,7 @@ import resource
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from raytune_ds.data.template import Encoded, Encoder
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 
 BLOCK_CHARS = 1 << 20
+_MIB = 1 << 20
 
 DOCUMENT_SCHEMA = pa.schema(
     {
@@ -153,7 +155,7 @@ def encode_block(block: pa.Table, job: Job) -> dict[str, list[Tally]]:
     if documents["key"]:
         first = f"{block.column('file')[0].as_py():06d}-{block.column('index')[0].as_py():012d}"
         _write_buckets(pa.table(documents, schema=DOCUMENT_SCHEMA), job, first)
-    tally.peak_memory_mib = peak_memory_mib()
+    tally.peak_memory_mib = memory_mib()
     return {"tally": [tally]}
 
 
@@ -213,6 +215,14 @@ def _length_bin(length: int) -> str:
     return str(1 << max(0, length - 1).bit_length())
 
 
-def peak_memory_mib() -> float:
-    """The most memory this process has held so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def memory_mib() -> float:
+    """The memory that this process holds for itself, in MiB.
+
+    At the end of a task that is its peak, because allocators give little back. The pages of Ray's object store, which all
+    processes share and which is bounded by itself, do not count; the kernel's own peak (ru_maxrss) would count them.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MIB
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) / 1024

@@ -98,8 +98,13 @@ def _show(results: dict[str, Result], scores: dict[str, Score]) -> None:
             ["full", *_row(results["full"], scores["full"])],
         ],
     )
-    say("trained: parameters; time: in training steps; memory: at the peak, a worker; saved: in final/", style="dim")
-    say(f"\nThe model learned what prescriptions say. Ask it: What does b.i.d. mean?\n{_chat(results['lora'])}")
+    say(
+        "trained: parameters; time: in training steps; memory: at the peak, a worker; saved: in final/",
+        style="dim",
+    )
+    say(
+        f"\nThe model learned what prescriptions say. Ask it: What does b.i.d. mean?\n{_chat(results['lora'])}"
+    )
 
 
 def _chat(result: Result) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from raytune_ds import hub
 from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
 from raytune_ds.model import attention
@@ -63,10 +64,20 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         )
     if not folder.is_dir() and (config.name.count("/") != 1 or config.name[0] in "./~"):
         raise UserError(f"model.name = {config.name}: there is no such directory.")
+    how = {"trust_remote_code": config.trust_remote_code}
     try:
-        return AutoConfig.from_pretrained(_place(config), trust_remote_code=config.trust_remote_code)
+        # First what is on this machine: asking the hub in vain takes a minute of retries.
+        return AutoConfig.from_pretrained(_place(config), local_files_only=True, **how)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(_why_not(config, error)) from error
+        if folder.is_dir():
+            raise UserError(f"model.name = {config.name}: can't be loaded: {_first_line(error)}") from error
+    try:
+        hub.check_model(config.name)
+        return AutoConfig.from_pretrained(config.name, **how)
+    except UserError as error:
+        raise UserError(_not_found(config.name, str(error))) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.name = {config.name}: can't be loaded: {_first_line(error)}") from error
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -122,7 +133,7 @@ def _from_pretrained(config: ModelConfig, **how: Any) -> PreTrainedModel:
             _place(config), trust_remote_code=config.trust_remote_code, **how
         )
     except (OSError, ValueError) as error:
-        raise UserError(_why_not(config, error)) from error
+        raise UserError(f"model.name = {config.name}: can't be loaded: {_first_line(error)}") from error
     return model
 
 
@@ -136,18 +147,14 @@ def _place(config: ModelConfig) -> str:
     return str(folder) if folder.is_dir() else config.name
 
 
-def _why_not(config: ModelConfig, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0]
-    if Path(config.name).expanduser().is_dir():
-        return f"model.name = {config.name}: can't be loaded: {reason}"
-    lines = [f"model.name = {config.name}: neither a directory here nor found on the hub."]
-    if config.name.startswith("deepseek-ai/") and config.name not in DEEPSEEK_MODELS:
-        close = difflib.get_close_matches(config.name, DEEPSEEK_MODELS, 3, cutoff=0.5)
+def _not_found(name: str, reason: str) -> str:
+    lines = [f"model.name = {name}: no directory here, and of the hub: {reason}"]
+    if name.startswith("deepseek-ai/") and name not in DEEPSEEK_MODELS:
+        close = difflib.get_close_matches(name, DEEPSEEK_MODELS, 3, cutoff=0.5)
         lines.append("DeepSeek has published no model of that name that we know of. Real ones are:")
-        lines += [f"  {name}" for name in dict.fromkeys([*close, *DEEPSEEK_MODELS[1:5]])]
-    else:
-        lines.append(
-            "Check the spelling; without a network download it first and give the directory, and for a gated model "
-            "set HF_TOKEN in the environment."
-        )
+        lines += [f"  {real}" for real in dict.fromkeys([*close, *DEEPSEEK_MODELS[1:5]])]
     return "\n".join(lines)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

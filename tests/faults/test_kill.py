@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.conftest import Run, metrics, step_losses, write_jsonl
+from tests.helpers import Run, metrics, step_losses, write_jsonl
 
 ROWS = [
     {"instruction": f"say {i} " + "please " * (i % 9), "output": f"{i} is what I say " + "now " * (i % 5)}
@@ -43,12 +43,16 @@ def _is_worker(process: psutil.Process) -> bool:
     return any("RayTrainWorker" in part for part in process.info["cmdline"] or [])
 
 
-def test_a_killed_worker_costs_only_time(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """kill -9 of a rank in mid-run: to the bit the losses of an undisturbed run."""
+def test_a_killed_worker_costs_only_time(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kill -9 of a rank in mid-run: to the bit the losses of an undisturbed run."""
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     calm = run(f"data.sources={data}", "run.name=calm", *SETTINGS)
     killed: list[int] = []
-    killer = threading.Thread(target=_kill_a_worker_after, args=(tmp_path / "killed", 20, killed), daemon=True)
+    killer = threading.Thread(
+        target=_kill_a_worker_after, args=(tmp_path / "killed", 20, killed), daemon=True
+    )
     killer.start()
     result = run(f"data.sources={data}", "run.name=killed", *SETTINGS)
     assert killed, "the run ended before anything was killed"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Run, step_losses, write_jsonl
+from tests.helpers import Run, step_losses, write_jsonl
 
 STEPS = 20
 GLOBAL_BATCH = 6
@@ -26,7 +26,20 @@ SETTINGS = (
 
 def _rows() -> list[dict[str, str]]:
     """Documents of very different lengths, so that the ranks' token counts differ."""
-    words = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split()
+    words = [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+    ]
     return [
         {
             "instruction": f"Write {n} words, starting with number {i}: {words[i % 12]}",
@@ -37,7 +50,7 @@ def _rows() -> list[dict[str, str]]:
 
 
 def plain_losses(base: str, store_path: str) -> list[float]:
-    """transformers and peft, nothing else: per-step losses on the documents of each global batch."""
+    """Transformers and peft, nothing else: per-step losses on the documents of each global batch."""
     import torch
     import torch.nn.functional as F
     from peft import LoraConfig, get_peft_model

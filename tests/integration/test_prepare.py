@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 
 from raytune_ds.errors import UserError
-from tests.integration.conftest import write_jsonl
+from tests.helpers import write_jsonl
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def _rows(count: int, words: int = 20) -> list[dict[str, str]]:
     return [
-        {"instruction": f"question {i} " + "word " * (i % words), "output": f"answer {i} " + "text " * (i * 7 % words)}
+        {
+            "instruction": f"question {i} " + "word " * (i % words),
+            "output": f"answer {i} " + "text " * (i * 7 % words),
+        }
         for i in range(count)
     ]
 
@@ -121,7 +124,9 @@ def test_bad_rows_stop_the_run_by_name(tmp_path: Path, tiny: Path) -> None:
     assert "data.on_bad_row=skip" in text
 
 
-def test_bad_rows_are_skipped_and_listed(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_rows_are_skipped_and_listed(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The reason for each goes to a file that is named."""
     data = write_jsonl(tmp_path / "bad.jsonl", [*BAD, *_rows(10)])
     store = _prepare(tmp_path, tiny, f"data.sources={data}", "data.on_bad_row=skip")
@@ -144,7 +149,9 @@ def test_long_rows_are_cut_dropped_or_split(tmp_path: Path, tiny: Path) -> None:
     assert (dropped.num_truncated, dropped.num_dropped_long, dropped.train.num_docs) == (0, 2, 5)
     text = tmp_path / "long.txt"
     text.write_text("many words " * 300 + "\n")
-    split = _prepare(tmp_path, tiny, f"data.sources={text}", "data.seq_len=64", "data.eval.fraction=0").manifest
+    split = _prepare(
+        tmp_path, tiny, f"data.sources={text}", "data.seq_len=64", "data.eval.fraction=0"
+    ).manifest
     assert split.num_truncated == split.num_dropped_long == 0
     assert split.train.num_supervised == split.train.num_tokens > 300
 

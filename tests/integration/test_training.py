@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raytune_ds.errors import UserError
-from tests.integration.conftest import Run, metrics, step_losses, write_jsonl
+from tests.helpers import Run, metrics, step_losses, write_jsonl
 
 ALPACA = [
     {"instruction": f"Name colour {i}", "input": "", "output": f"colour {i} is {c}"}
@@ -23,7 +23,9 @@ SHAREGPT = [
             {"from": "observation", "value": json.dumps({"celsius": 10 + i})},
             {"from": "gpt", "value": f"It is {10 + i} degrees in town {i}."},
         ],
-        "tools": json.dumps([{"name": "weather", "description": "the weather", "parameters": {"type": "object"}}]),
+        "tools": json.dumps(
+            [{"name": "weather", "description": "the weather", "parameters": {"type": "object"}}]
+        ),
     }
     for i in range(16)
 ]
@@ -44,7 +46,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     write_jsonl(folder / "alpaca.jsonl", ALPACA)
     (folder / "sharegpt.json").write_text(json.dumps(SHAREGPT, indent=1))
-    (folder / "raw.txt").write_text("\n".join(f"Line {i} of a text, " + "and more " * (5 * i) for i in range(12)))
+    (folder / "raw.txt").write_text(
+        "\n".join(f"Line {i} of a text, " + "and more " * (5 * i) for i in range(12))
+    )
     (folder / "pairs.csv").write_text(
         "prompt,completion\n" + "".join(f"half of {2 * i}?,it is {i}\n" for i in range(20))
     )
@@ -77,9 +81,21 @@ def test_loss_falls_and_the_run_directory_keeps_its_contract(first: Any) -> None
     losses = step_losses(first.run)
     assert losses[-1] < losses[0] - 0.1
     rows = metrics(first.run)
-    step_keys = {"step", "epoch", "loss", "weight", "tokens", "lr", "grad_norm", "step_time_s", "tokens_per_s"}
+    step_keys = {
+        "step",
+        "epoch",
+        "loss",
+        "weight",
+        "tokens",
+        "lr",
+        "grad_norm",
+        "step_time_s",
+        "tokens_per_s",
+    }
     assert all(step_keys | {"world_size"} <= set(row) for row in rows if "loss" in row)
-    assert [row["step"] for row in rows if "eval_loss" in row][0] == 0, "the base is evaluated before it is trained"
+    assert next(row["step"] for row in rows if "eval_loss" in row) == 0, (
+        "the base is evaluated before it is trained"
+    )
     result = json.loads((run / "result.json").read_text())
     assert result["status"] == "finished"
     assert result["progress"]["step"] == len(losses)
@@ -117,7 +133,11 @@ def test_generate_answers_in_batches_as_alone(first: Any) -> None:
     from raytune_ds.generate import Generator, Sampling
 
     generator = Generator.of_run(first.run, "cpu")
-    questions = ["Name colour 1", "half of 14?", "How warm is it in town 3, please, and in the town beside it?"]
+    questions = [
+        "Name colour 1",
+        "half of 14?",
+        "How warm is it in town 3, please, and in the town beside it?",
+    ]
     conversations = [[{"role": "user", "content": q}] for q in questions]
     sampling = Sampling(max_new_tokens=12)
     together = list(generator.answer(conversations, sampling))
@@ -128,7 +148,9 @@ def test_generate_answers_in_batches_as_alone(first: Any) -> None:
     assert "".join(pieces).strip() == alone[0].strip()
 
 
-def test_a_second_run_on_top_does_nothing(first: Any, shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_on_top_does_nothing(
+    first: Any, shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Finished is finished: no worker starts, no file changes."""
     before = {p: p.stat().st_mtime_ns for p in Path(first.run).rglob("*") if p.is_file()}
     again = _launch(shared, "train.num_train_epochs=3")

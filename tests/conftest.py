@@ -1,0 +1,75 @@
+"""What all tests share: quiet libraries, tiny models built once, and one real local Ray for the whole session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import Run
+
+# Before any test imports the libraries that read them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+TEXTS = (
+    "What does this word mean? It means that somebody asked a question and wants a short answer.",
+    "How many days has a week? Seven, and 24 hours each, that is 168 hours or 10080 minutes.",
+    "今天天气很好，我们去公园散步。你想喝茶还是喝咖啡？",
+    "名词解释：适配器是一小组可以单独训练的参数。",
+    "First pack the long documents, then the short ones; 3.14159 is not a whole number.",
+) * 8
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A directory of each tiny architecture."""
+    from raytune_ds.model import tiny
+
+    root = tmp_path_factory.mktemp("tiny-models")
+    return {name: tiny.build(name, lambda: TEXTS, 0, root / name) for name in tiny.ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_models: dict[str, Path]) -> Any:
+    """The tokenizer that the tiny models share."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_models["qwen2"])
+
+
+NUM_CPUS = 4  # logical: three workers fit, whatever the machine has
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """Ray, started once: a start costs seconds, and its worker processes stay warm between tests."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=NUM_CPUS,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def run(ray_session: None, tmp_path: Path) -> Run:
+    """Launches a run from overrides, with its storage in the test's own folder; returns the Result."""
+    from raytune_ds.compose import compose
+    from raytune_ds.launch import launch
+
+    def start(*overrides: str, storage: Path = tmp_path) -> Any:
+        return launch(compose([], [f"run.storage={storage}", "tracking.to=[]", *overrides]))
+
+    return start
