@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -66,6 +68,8 @@ def add_config_arguments(command: argparse.ArgumentParser) -> None:
 
 def guarded(action: Callable[[], int], debug: bool) -> int:
     """Runs `action`: a UserError becomes its message and exit code 2, Ctrl-C 130, anything else is a crash."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a job's log is read while it is written
     if not debug:
         warnings.simplefilter("ignore")
         for name, value in _QUIET.items():

@@ -18,7 +18,9 @@ from pydantic import ValidationError
 from raytune_ds import keys
 from raytune_ds.config import SECRET_NAME, Config
 from raytune_ds.errors import UserError
-from raytune_ds.keys import KeyPath
+from raytune_ds.keys import FIELDS as _FIELDS  # noqa: F401  this and the next two for tests/unit/test_config.py
+from raytune_ds.keys import KEYS, KeyPath  # noqa: F401
+from raytune_ds.keys import section_of as _section_of  # noqa: F401
 from raytune_ds.problems import shortened, shown_key, told
 from raytune_ds.yamlfile import parse, read
 
@@ -132,7 +134,7 @@ def _override_value(path: KeyPath, text: str) -> tuple[Any, Sequence[KeyPath]]:
         return None, []  # the key is what is wrong; the parser might quote the value, a secret perhaps
     if keys.takes_text(path) and not text.startswith(("[", "{", '"', "'")):
         # what was typed: `run.name=007`, `data.sources=*`
-        return (None if text in ("", "~", "null") else text), []
+        return (None if text in ("", "~", "null", "Null", "NULL") else text), []
     try:
         value, lines = parse(text, f"{shown_key(path)} ({COMMAND_LINE})")
     except UserError as error:

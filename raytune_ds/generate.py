@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -140,6 +141,8 @@ def chat(generator: Generator, sampling: Sampling, system: str | None) -> None:
     """A conversation in the terminal: answers are streamed and the history is kept. Ctrl-D or /exit ends it."""
     opening: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     history = list(opening)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # gives input() line editing and a history
     say("Ask away. /new forgets the conversation, /exit or Ctrl-D ends it.", style="dim")
     while (question := _ask()) is not None:
         if question == "/new":

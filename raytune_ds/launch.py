@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import threading
 import time
 from datetime import datetime
@@ -18,7 +19,9 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+import torch
 import xxhash
+from ray.train import TrainingFailedError
 
 from raytune_ds import checkpoint, cluster, storage
 from raytune_ds.compose import dump
@@ -82,7 +85,15 @@ def launch(config: Config, debug: bool = False) -> Result:
         return done
     _claim(assignment)
     say(f"run: {assignment.run.path}")
-    outcome, restarts = _fit(assignment, scale, debug)
+    try:
+        outcome, restarts = _fit(assignment, scale)
+    except TrainingFailedError as error:
+        failure = {"status": "failed", "run": assignment.run.path, "error": str(error)}
+        storage.write_json(assignment.run.result, failure)
+        warn(
+            f"the run failed; its checkpoints stay, and the same command with run.name={_name(assignment)} goes on"
+        )
+        raise
     if outcome.error is not None:
         raise UserError(outcome.error)
     result = Result(
@@ -118,6 +129,13 @@ def _check_storage(config: Config) -> str:
             f"run.storage = {config.run.storage}: can't be written: {error}\nSet run.storage to a place that can."
         ) from error
     return root
+
+
+def _check_trackers(config: Config) -> None:
+    """Workers start them; a missing package is told here, before any of them has started."""
+    missing = [name for name in config.tracking.to if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"tracking.to: {', '.join(missing)}: not installed; pip install 'raytune_ds[track]'")
 
 
 def _with_default_data(config: Config, root: str) -> Config:
@@ -165,6 +183,7 @@ def check(config: Config) -> Checked:
         UserError: anything the user can mend.
     """
     root = _check_storage(config)
+    _check_trackers(config)
     config = _with_default_data(config, root)
     inputs = Inputs.find(config.data)
     for line in inputs.summary():
@@ -217,6 +236,10 @@ def _make_name(config: Config) -> str:
     )
 
 
+def _name(assignment: Assignment) -> str:
+    return assignment.run.path.rpartition("/")[2]
+
+
 def _claim(assignment: Assignment) -> None:
     """Makes the run directory, or goes on in it, as `run.resume` says.
 
@@ -225,7 +248,7 @@ def _claim(assignment: Assignment) -> None:
     """
     config, run = assignment.config, assignment.run
     there = storage.exists(run.path)
-    name = run.path.rpartition("/")[2]
+    name = _name(assignment)
     if there and config.run.resume == "never":
         raise UserError(f"run.name = {name}: {run.path} is there already, and run.resume is never.")
     if not there and config.run.resume == "must":
@@ -253,7 +276,9 @@ def _finished_before(assignment: Assignment) -> Result | None:
         # Workers look closer; this answers at once in the usual case.
         require_same_run(assignment, checkpoint.read_manifest(checkpoint.directory(root, steps[-1])))
     values = storage.read_json(assignment.run.result)
-    if values is None or values["progress"]["step"] < assignment.plan.total_steps:
+    if values is None or values["status"] != "finished":
+        return None
+    if values["progress"]["step"] < assignment.plan.total_steps:
         return None
     return Result(**values) if storage.exists(assignment.run.final) else None
 
@@ -300,7 +325,7 @@ class RestartReporter(ray.train.UserCallback):
         self._mailbox.put.remote("restart", {"text": f"worker {ranks} died: {reason}", "rank": rank})
 
 
-def _fit(assignment: Assignment, scale: cluster.Scale, debug: bool) -> tuple[Outcome, list[str]]:
+def _fit(assignment: Assignment, scale: cluster.Scale) -> tuple[Outcome, list[str]]:
     """The TorchTrainer's run, shown as it goes."""
     mailbox = Mailbox.remote()  # type: ignore[attr-defined]  # Ray adds it
     trainer = ray.train.torch.TorchTrainer(
@@ -329,6 +354,8 @@ def _worker_main(assignment: Assignment, use_gpu: bool, mailbox: Any) -> Outcome
     """What Ray Train runs in each worker."""
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL gathers objects
     world = World(context.get_world_rank(), context.get_world_size(), device)
 
     def report(kind: str, content: dict[str, Any]) -> None:
@@ -337,7 +364,7 @@ def _worker_main(assignment: Assignment, use_gpu: bool, mailbox: Any) -> Outcome
         if kind in ("eval", "checkpoint"):
             ray.train.report({k: v for k, v in content.items() if isinstance(v, int | float)})
 
-    return run_worker(assignment, world, partial(_open_stream), report)
+    return run_worker(assignment, world, _open_stream, report)
 
 
 def _open_stream(store: Any, share: Any, steps: range) -> Any:

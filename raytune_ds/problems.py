@@ -91,6 +91,8 @@ def _message(path: KeyPath, items: Sequence[Any]) -> str:
         return "is missing"
     if kind in ("model_type", "model_attributes_type"):
         return _section_message(path)
+    if kind == "string_unicode":
+        return "has characters that are not valid Unicode"
     phrases = list(dict.fromkeys(phrase for item in items for phrase in _phrase(item).split(" or ")))
     info = field(path)
     if info is not None and NoneType in get_args(info.annotation):

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from raytune_ds.command import add_config_arguments, guarded, parser
-from raytune_ds.compose import compose, dump, help_text
+from raytune_ds.compose import compose, dump
+from raytune_ds.confighelp import help_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -52,13 +52,13 @@ def parse(text: str, where: str) -> tuple[Any, Lines]:
 
 
 def _value(node: yaml.Node, path: tuple[str, ...], lines: Lines) -> Any:
+    lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         return {key.value: _entry(key, value, path, lines) for key, value in node.value}
     if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            lines[(*path, str(index))] = item.start_mark.line + 1
         return [_value(item, (*path, str(index)), lines) for index, item in enumerate(node.value)]
-    return _scalar(node.value) if node.style is None else node.value  # a quoted scalar has a style
+    # a quoted scalar has a style, and is text
+    return node.value if getattr(node, "style", None) else _scalar(node.value)
 
 
 def _entry(key: yaml.Node, value: yaml.Node, path: tuple[str, ...], lines: Lines) -> Any:

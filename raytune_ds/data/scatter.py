@@ -218,8 +218,8 @@ def _length_bin(length: int) -> str:
 def memory_mib() -> float:
     """The memory that this process holds for itself, in MiB.
 
-    At the end of a task that is its peak, because allocators give little back. The pages of Ray's object store, which all
-    processes share and which is bounded by itself, do not count; the kernel's own peak (ru_maxrss) would count them.
+    At the end of a task that is its peak, because allocators give little back. The pages of the object store, which
+    is shared and bounded by itself, do not count; the kernel's own peak (ru_maxrss) would count them.
     """
     status = Path("/proc/self/status")
     if not status.exists():  # not Linux

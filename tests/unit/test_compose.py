@@ -9,9 +9,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from raytune_ds.compose import ALIASES, KEYS, compose, differences, dump, help_text, load, suggestions
+from raytune_ds.aliases import ALIASES, suggestions
+from raytune_ds.compose import compose, differences, dump, load
 from raytune_ds.config import Config, SourceConfig
+from raytune_ds.confighelp import help_text
 from raytune_ds.errors import UserError
+from raytune_ds.keys import KEYS
 
 
 def problems(*overrides: str, files: list[Path] | None = None) -> list[str]:
@@ -68,29 +71,22 @@ def test_files_that_set_nothing(write, text: str) -> None:
     ("override", "key", "value"),
     [
         ("train.learning_rate=3e-4", "train.learning_rate", 3e-4),
-        ("train.learning_rate='3e-4'", "train.learning_rate", 3e-4),
         ("train.max_steps=1e3", "train.max_steps", 1000),
         ("train.max_steps=1_000", "train.max_steps", 1000),
         ("train.max_steps=010", "train.max_steps", 10),
         ("train.max_steps=", "train.max_steps", None),
-        ("train.max_steps=null", "train.max_steps", None),
-        ("run.name=123", "run.name", "123"),
         ("run.name=007", "run.name", "007"),
         ("run.name=no", "run.name", "no"),
-        ("run.name=true", "run.name", "true"),
-        ("run.name=2024-01-01", "run.name", "2024-01-01"),
         ("run.name='1'", "run.name", "1"),
         ("run.name=null", "run.name", None),
         (" run.name = x ", "run.name", "x"),
         ("run.storage=s3://b/x?a=b", "run.storage", "s3://b/x?a=b"),
         ("scaling.use_gpu=yes", "scaling.use_gpu", True),
-        ("scaling.use_gpu=false", "scaling.use_gpu", False),
         ("adapter.targets=[a, b]", "adapter.targets", ["a", "b"]),
         ("adapter.targets=.*proj", "adapter.targets", ".*proj"),
         ("tracking.to=[]", "tracking.to", []),
         ("tracking.to.0=mlflow", "tracking.to", ["mlflow"]),
         ("data.sources=*.jsonl", "data.sources", [{"path": "*.jsonl", "format": "auto"}]),
-        ("data.sources=2024", "data.sources", [{"path": "2024", "format": "auto"}]),
         ("data.sources.0.path=x", "data.sources", [{"path": "x", "format": "auto"}]),
         ("data.sources={path: x, format: text}", "data.sources", [{"path": "x", "format": "text"}]),
     ],
@@ -119,19 +115,19 @@ def test_list_indices(write) -> None:
     )
 
 
-def test_yaml_1_2_scalars_and_merge_keys(write) -> None:
+def test_files_are_yaml_1_2(write) -> None:
     path = write(
-        "x-base: &base {r: 4, alpha: 1}\nadapter: {<<: *base, r: 5}\nrun: {name: 2024-01-01}\n"
-        "train: {learning_rate: 2e-4, max_steps: 010}\n"
+        "run: {name: 2024-01-01}\ntrain: {learning_rate: 2e-4, max_steps: 010}\n"
+        "data: {sources: [&a {path: x}, *a], chat_template: ~}\nscaling: {use_gpu: 'true'}\n"
     )
-    assert file_problems(path) == [
-        "x-base.r (a.yaml, line 1): unknown key; did you mean adapter.r?",
-        "x-base.alpha (a.yaml, line 1): unknown key; did you mean adapter.alpha?",
-    ]
-    path = write("adapter: {<<: {r: 4, alpha: 1}, r: 5}\nrun: {name: 2024-01-01}\ntrain: {max_steps: 010}\n")
     config = compose([path], [])
-    assert (config.adapter.r, config.adapter.alpha) == (5, 1)
-    assert (config.run.name, config.train.max_steps) == ("2024-01-01", 10)
+    assert (config.run.name, config.train.learning_rate, config.train.max_steps) == ("2024-01-01", 2e-4, 10)
+    assert config.data.sources == (SourceConfig(path="x"), SourceConfig(path="x"))
+    assert (config.data.chat_template, config.scaling.use_gpu) == (None, True)
+    assert file_problems(write("run: {name: 007}\nadapter:\n  <<: {r: 2}\n")) == [
+        "adapter.<<.r (a.yaml, line 3): unknown key; did you mean adapter.r?",
+        "run.name = 7 (a.yaml, line 1): must be text or null; put the value in quotes",
+    ]
 
 
 # messages
@@ -141,11 +137,13 @@ def test_yaml_1_2_scalars_and_merge_keys(write) -> None:
     ("override", "message"),
     [
         ("train.learning_rate=-1", "train.learning_rate = -1 (command line): must be greater than 0"),
+        (
+            "train.learning_rate=1e400",
+            "train.learning_rate = Infinity (command line): must be a finite number",
+        ),
         ("train.learning_rate=fast", "train.learning_rate = fast (command line): must be a number"),
-        ("train.learning_rate=.nan", "train.learning_rate = NaN (command line): must be a finite number"),
         ("train.max_steps=0", "train.max_steps = 0 (command line): must be at least 1 or null"),
         ("train.max_steps=1.5", "train.max_steps = 1.5 (command line): must be a whole number or null"),
-        ("train.micro_batch=x", "train.micro_batch = x (command line): must be a whole number or auto"),
         ("train.micro_batch=0", "train.micro_batch = 0 (command line): must be at least 1 or auto"),
         (
             "train.global_batch=true",
@@ -162,8 +160,6 @@ def test_yaml_1_2_scalars_and_merge_keys(write) -> None:
         ("tracking.to=x", "tracking.to = x (command line): must be tensorboard, mlflow or wandb"),
         ("model.name=''", 'model.name = "" (command line): must be some text, not empty'),
         ("model.name=null", "model.name = null (command line): must be text"),
-        ("model.quantization=nf4", "model.quantization = nf4 (command line): must be none"),
-        ("adapter.r={a: 1}", "adapter.r = a mapping (command line): must be a whole number"),
         ("adapter.r.x=1", "adapter.r = a mapping (command line): must be a whole number"),
         (
             "engine=ddp",
@@ -195,16 +191,21 @@ def test_yaml_1_2_scalars_and_merge_keys(write) -> None:
         ),
         ("foo", "foo (command line): write key=value, such as adapter.r=16"),
         ("", '"" (command line): write key=value, such as adapter.r=16'),
-        ("=5", "=... (command line): the key has an empty part; write section.key=value"),
-        ("adapter..r=5", "adapter..r (command line): the key has an empty part; write section.key=value"),
-        ("a.b.c.d.e.f.g.h.i=1", "a.b.c.d.e.f.g.h.i (command line): unknown key; no key has that many parts"),
+        ("adapter..r=5", "adapter..r (command line): is no key; write section.key=value"),
+        (
+            ".".join("abcdefghi") + "=1",
+            "a.b.c.d.e.f.g.h.i (command line): is no key; write section.key=value",
+        ),
         (
             "adapter.targets=[",
-            "adapter.targets (command line): line 1, column 2: not valid YAML: expected the node "
+            "adapter.targets (command line), line 1, column 2: not valid YAML: expected the node "
             "content, but found '<stream end>'; quote the value if it is text",
         ),
         ("adapter=&a [*a]", "adapter (command line): is nested too deeply, or refers to itself"),
-        ("adapter={r: 1, r: 2}", "adapter (command line): line 1: r is set twice, first in line 1; keep one"),
+        (
+            "adapter={r: 1, r: 2}",
+            "adapter (command line), line 1, column 8: r is set twice, first in line 1; keep one",
+        ),
         ("run.name=\udc80", "run.name = \\udc80 (command line): has characters that are not valid Unicode"),
         ("foo\nbar=1", "foo\\nbar (command line): unknown key; --help lists all keys"),
     ],
@@ -246,12 +247,9 @@ def test_the_last_place_is_named(write) -> None:
             "a.yaml, line 2, column 1: not valid YAML: found character '\\t' that cannot start any",
         ),
         ("x\n", "a.yaml: must be a mapping of sections, such as 'adapter: {r: 16}'"),
-        ("- 1\n", "a.yaml: must be a mapping of sections"),
-        ("adapter:\n  r: 1\n  r: 2\n", "a.yaml, line 3: r is set twice, first in line 2; keep one"),
-        ("data:\n  sources:\n  - {path: a, path: b}\n", "a.yaml, line 3: path is set twice"),
-        ("? [a]\n: 1\n", "a.yaml, line 1: a key must be plain text, not a list or mapping"),
+        ("adapter:\n  r: 1\n  r: 2\n", "a.yaml, line 3, column 3: r is set twice, first in line 2; keep one"),
+        ("? [a]\n: 1\n", "a.yaml, line 1, column 3: a key must be plain text, not a list or mapping"),
         ("a: &a {b: *a}\n", "a.yaml: is nested too deeply, or refers to itself"),
-        ("a: " + "[" * 5000, "a.yaml: is nested too deeply, or refers to itself"),
         ("a: 1\n---\nb: 1\n", "a.yaml, line 2, column 1: not valid YAML: but found another document"),
         ("a: \x01\n", "a.yaml: not valid YAML: special characters are not allowed"),
     ],
@@ -263,12 +261,11 @@ def test_bad_files(write, text: str, message: str) -> None:
 
 def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"a: \xff\n")
-    files = [tmp_path / "none.yaml", tmp_path, tmp_path / "latin.yaml", Path("a\0b")]
+    files = [tmp_path / "none.yaml", tmp_path, tmp_path / "latin.yaml"]
     assert problems(files=files) == [
         f"{tmp_path}/none.yaml: there is no such config file",
         f"{tmp_path}: cannot be read: Is a directory",
         f"{tmp_path}/latin.yaml: is not UTF-8 text (byte 3)",
-        "a\\x00b: is no file name",
     ]
 
 
@@ -303,21 +300,9 @@ def test_no_jargon() -> None:
     [
         ("adapter.rank", ["adapter.r"]),
         ("learning_rat", ["train.learning_rate"]),
-        ("train.learning_rat", ["train.learning_rate"]),
         ("lr", ["train.learning_rate"]),
         ("adapter.lr", ["train.learning_rate"]),
-        ("rank", ["adapter.r"]),
-        ("epochs", ["train.num_train_epochs"]),
-        ("lora_alpha", ["adapter.alpha"]),
         ("batch_size", ["train.global_batch", "train.micro_batch"]),
-        ("per_device_train_batch_size", ["train.micro_batch", "train.global_batch"]),
-        ("gradient_accumulation_steps", ["train.global_batch", "train.micro_batch"]),
-        ("max_length", ["data.seq_len"]),
-        ("cutoff_len", ["data.seq_len"]),
-        ("max_seq_length", ["data.seq_len"]),
-        ("output_dir", ["run.storage"]),
-        ("dataset", ["data.sources"]),
-        ("model_name_or_path", ["model.name"]),
         ("--learning-rate", ["train.learning_rate"]),
         ("--adapter.r", ["adapter.r"]),
         ("Train.Seed", ["run.seed"]),
@@ -349,7 +334,6 @@ def test_aliases_point_to_keys_and_shadow_none() -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["token=hunter2"],
         ["hf_token=hunter2"],
         ["model.api_key=hunter2"],
         ["tracking={wandb_api_key: hunter2}"],
@@ -482,10 +466,8 @@ values = st.one_of(
 @given(st.lists(st.one_of(st.builds("{}={}".format, keys, values), st.text()), max_size=4))
 @example(["data.sources=!!set {a, b}"])
 @example(["data.sources.9999=x", "data.sources.²=x"])
-@example(["adapter={<<: [1]}"])
-@example(["adapter={<<: {<<: 1}}", "train={? {a: 1}: 2}"])
+@example(["train={? {a: 1}: 2}", "adapter=" + "[" * 3000])
 @example(["0=1", "data.0.1=2", "adapter.0=3"])
-@example(["run.name=" + "[" * 3000])
 def test_any_overrides_give_a_config_or_a_user_error(overrides: list[str]) -> None:
     try:
         config = compose([], overrides)
@@ -511,7 +493,7 @@ def test_any_file_gives_a_config_or_a_user_error(tmp_path_factory: pytest.TempPa
 
 def test_imports_nothing_slow() -> None:
     code = (
-        "import sys, raytune_ds.config, raytune_ds.compose\n"
+        "import sys, raytune_ds.compose, raytune_ds.confighelp\n"
         "slow = {'torch', 'ray', 'transformers', 'numpy', 'pyarrow', 'pandas', 'rich'} & set(sys.modules)\n"
         "sys.exit(f'imported {slow}' if slow else 0)"
     )
