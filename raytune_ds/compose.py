@@ -18,9 +18,7 @@ from pydantic import ValidationError
 from raytune_ds import keys
 from raytune_ds.config import SECRET_NAME, Config
 from raytune_ds.errors import UserError
-from raytune_ds.keys import FIELDS as _FIELDS  # noqa: F401  this and the next two for tests/unit/test_config.py
-from raytune_ds.keys import KEYS, KeyPath  # noqa: F401
-from raytune_ds.keys import section_of as _section_of  # noqa: F401
+from raytune_ds.keys import KeyPath
 from raytune_ds.problems import shortened, shown_key, told
 from raytune_ds.yamlfile import parse, read
 

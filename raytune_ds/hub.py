@@ -1,9 +1,6 @@
-"""Whether the Hugging Face hub has a data set or a model of some name: one request, a short wait, a clear reason."""
+"""Asks the Hugging Face Hub whether it has what a config names, before anything is downloaded or started."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 from raytune_ds.errors import UserError
 
@@ -11,38 +8,52 @@ TIMEOUT_S = 10.0
 
 
 def check_dataset(name: str) -> None:
-    """Raises UserError where the hub knows no such data set, or does not answer within seconds."""
-    from huggingface_hub import HfApi
+    """Asks for a dataset.
 
-    _check(HfApi().dataset_info, name, page=f"https://huggingface.co/datasets/{name}")
+    Raises:
+        UserError: the Hub has no such dataset, does not give it to this user, or does not answer.
+    """
+    _check("dataset", name)
 
 
 def check_model(name: str) -> None:
-    """Raises UserError where the hub knows no such model, or does not answer within seconds."""
-    from huggingface_hub import HfApi
+    """Asks for a model; the local cache is not looked at.
 
-    _check(HfApi().model_info, name, page=f"https://huggingface.co/{name}")
+    Raises:
+        UserError: the Hub has no such model, does not give it to this user, or does not answer.
+    """
+    _check("model", name)
 
 
-def _check(ask: Callable[..., Any], name: str, page: str) -> None:
-    from huggingface_hub import errors
+def first_line(error: BaseException) -> str:
+    """What an error of an HTTP library says, without the paragraphs that follow."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
+
+def _check(kind: Literal["dataset", "model"], name: str) -> None:
+    """One request without a retry; the loaders try for half a minute and more before they give up."""
+    from huggingface_hub import HfApi, errors
+
+    api = HfApi()
+    ask = api.dataset_info if kind == "dataset" else api.model_info
     try:
         ask(name, timeout=TIMEOUT_S)
     except errors.GatedRepoError as error:
-        raise UserError(f"'{name}' is gated: accept its terms at {page} and set HF_TOKEN") from error
+        page = f"{api.endpoint}/datasets/{name}" if kind == "dataset" else f"{api.endpoint}/{name}"
+        raise UserError(
+            f"the {kind} '{name}' is gated: accept its terms at {page} and set HF_TOKEN"
+        ) from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise UserError(f"there is no '{name}', or it is private: check the name, or set HF_TOKEN") from error
+        raise UserError(
+            f"there is no {kind} '{name}', or it is private: check the name, or set HF_TOKEN"
+        ) from error
     except errors.OfflineModeIsEnabled as error:
-        raise UserError(f"the hub is not asked for '{name}': HF_HUB_OFFLINE is set") from error
+        raise UserError(f"the Hub is not asked for the {kind} '{name}': HF_HUB_OFFLINE is set") from error
     except errors.HfHubHTTPError as error:
-        raise UserError(f"the hub did not serve '{name}': {_first_line(error)}") from error
+        raise UserError(f"the Hub did not serve the {kind} '{name}': {first_line(error)}") from error
     except Exception as error:  # its HTTP library's own, which changes with its version
         raise UserError(
-            f"the hub can't be reached for '{name}' ({type(error).__name__}: {_first_line(error)}): check the network, "
-            "or copy it here and name its path"
+            f"the Hub can't be reached for the {kind} '{name}' ({first_line(error)}): check the network, or"
+            " copy the files here and name their path"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,7 +15,8 @@ import xxhash
 from raytune_ds import storage
 from raytune_ds.config import DataConfig, SourceConfig
 from raytune_ds.data.formats import Example, RowError, detect, to_example
-from raytune_ds.data.sources import Row, SourceFile, expand, read_rows
+from raytune_ds.data.readers import Row, read_rows
+from raytune_ds.data.sources import SourceFile, expand
 from raytune_ds.errors import UserError
 
 ROWS_FOR_DETECTION = 100

@@ -20,7 +20,7 @@ import xxhash
 
 from raytune_ds.data.formats import RowError, to_example
 from raytune_ds.data.inputs import Input, where
-from raytune_ds.data.sources import Row, read_rows
+from raytune_ds.data.readers import Row, read_rows
 from raytune_ds.data.store import doc_id, write_table
 from raytune_ds.data.template import Encoded, Encoder
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer

@@ -81,9 +81,16 @@ class Encoder:
                 yield context, self._answer(message, context, finished)
 
     def _answer(self, message: dict[str, Any], context: str, finished: str) -> str:
-        """The supervised text of a turn: as the template renders it if it keeps it whole, else the turn itself."""
+        """The supervised text of a turn: as the template renders it if it keeps it whole, else the turn itself.
+
+        Raises:
+            RowError: it calls a tool, and the template does not render that.
+        """
         content = message.get("content") or ""
         rendered = finished[len(context) :] if finished.startswith(context) else ""
+        calls = [call["function"]["name"] for call in message.get("tool_calls") or ()]
+        if not all(name in rendered for name in calls):
+            raise RowError("the chat template leaves out its tool call, so nothing could be learned from the turn")
         ends = list(self._special_token.finditer(rendered))
         end = ends[-1].group() if ends else self.tokenizer.eos_token or ""
         if rendered and content.strip() in rendered:

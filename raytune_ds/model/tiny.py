@@ -130,6 +130,9 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
+        # Bytes leave nothing unknown. But for some architectures transformers would add a token of its own for it, one
+        # more than the model has.
+        unk_token=PAD,
         chat_template=CHAT_TEMPLATE,
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,

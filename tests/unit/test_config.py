@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from raytune_ds import config as c
-from raytune_ds.compose import _FIELDS, KEYS, _section_of
+from raytune_ds.keys import FIELDS, KEYS, section_of
 from raytune_ds.config import Config, SourceConfig, holds_credentials, types_in
 
 
@@ -43,6 +43,7 @@ DEFAULTS = {
         "seq_len": 2048,
         "on_bad_row": "fail",
         "on_long_row": "truncate",
+        "prepare_memory_mib": 64,
         "chat_template": None,
     },
     "train": {
@@ -222,6 +223,7 @@ UNITS = {
     "adapter.dropout": "Probability",
     "data.eval.fraction": "Fraction of the examples",
     "data.seq_len": "tokens",
+    "data.prepare_memory_mib": "Mebibytes",
     "train.num_train_epochs": "epochs",
     "train.max_steps": "optimizer steps",
     "train.global_batch": "Packs",
@@ -246,18 +248,18 @@ UNITS = {
 
 
 def test_every_field_is_described() -> None:
-    for path, info in _FIELDS.items():
+    for path, info in FIELDS.items():
         assert info.description, path
-        if not _section_of(info):
+        if not section_of(info):
             assert info.description.endswith("."), path
             assert len(info.description) > 40, path
 
 
 def test_every_number_names_its_unit() -> None:
-    numeric = {".".join(p) for p, i in _FIELDS.items() if {int, float} & set(types_in(i.annotation))}
+    numeric = {".".join(p) for p, i in FIELDS.items() if {int, float} & set(types_in(i.annotation))}
     assert numeric == set(UNITS)
     for key, unit in UNITS.items():
-        assert unit in (_FIELDS[tuple(key.split("."))].description or ""), key
+        assert unit in (FIELDS[tuple(key.split("."))].description or ""), key
 
 
 def test_no_key_is_named_like_a_secret() -> None:
@@ -271,6 +273,6 @@ def test_no_key_is_named_like_a_secret() -> None:
 def test_every_choice_is_explained_or_plain() -> None:
     """Choices whose name does not explain itself are spelled out where the user reads them."""
     for key in ["run.resume", "adapter.kind", "data.on_bad_row", "data.on_long_row", "model.attention"]:
-        info = _FIELDS[tuple(key.split("."))]
+        info = FIELDS[tuple(key.split("."))]
         for choice in types_in(info.annotation):
             assert re.search(rf"\b{choice}\b", info.description or ""), (key, choice)

@@ -19,7 +19,7 @@ ROOT = Path(raytune_ds.__file__).parent
 # From the ground up. A package's own __init__ counts as one module; those of the first line import nothing at all.
 ROOMS = """
     raytune_ds data model demo
-    errors storage console hub config aliases yamlfile compose plan command demo.data
+    errors storage console hub config keys aliases yamlfile problems compose confighelp plan command demo.data
     data.formats data.sources data.readers data.order data.packing data.store data.share data.tokenizer data.inputs
     data.template data.scatter data.buckets data.batch data.stream data.prepare data.show
     world rundir
@@ -32,7 +32,7 @@ ROOMS = """
 """.split()
 
 LIGHT = """
-    errors storage console hub config aliases yamlfile compose plan command demo.data
+    errors storage console hub config keys aliases yamlfile problems compose confighelp plan command demo.data
     data.formats data.sources data.readers data.order
 """.split()
 HEAVY = ("torch", "ray", "transformers")

@@ -118,7 +118,7 @@ def test_the_order_never_changes() -> None:
     assert flat == GOLDEN
 
 
-GOLDEN: list[tuple[int, int] | None] = []
+GOLDEN = [(1, 0), (1, 3), (0, 0), (1, 2), (2, 0), (0, 1), (1, 1), (2, 1), (0, 3), None, None, (0, 2)]
 
 
 @settings(max_examples=150, deadline=None)
@@ -136,12 +136,15 @@ def test_a_permutation_of_many_needs_no_table() -> None:
         assert permutation.inverse(permutation(index)) == index
 
 
-def test_permutations_are_even() -> None:
-    # Over many keys every index goes everywhere about equally often: 4000 keys on 5 places are 800 each, give or
-    # take 25 (one standard deviation).
-    counts = [[0] * 5 for _ in range(5)]
-    for key in range(4000):
-        permutation = Permutation(5, str(key))
-        for index in range(5):
+@pytest.mark.parametrize("size", [3, 5, 16, 32])
+def test_permutations_are_even(size: int) -> None:
+    # Over many keys every index goes everywhere about equally often: chi-square, a degree of freedom is worth 1.
+    num_keys = 4000
+    counts = [[0] * size for _ in range(size)]
+    for key in range(num_keys):
+        permutation = Permutation(size, str(key))
+        for index in range(size):
             counts[index][permutation(index)] += 1
-    assert all(abs(count - 800) < 5 * 25 for row in counts for count in row)
+    expected = num_keys / size
+    chi_square = sum((count - expected) ** 2 / expected for row in counts for count in row)
+    assert chi_square < 2.5 * (size - 1) ** 2

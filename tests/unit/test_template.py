@@ -1,0 +1,308 @@
+"""Training and serving see the same tokens: the contract of `Encoder`, on chat formats of four families.
+
+For every supervised turn, what stands before it is, token for token, the prompt that a server would send.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import groupby
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from raytune_ds.data.formats import Example, RowError
+from raytune_ds.data.template import Encoded, Encoder, coloured
+from raytune_ds.model.tiny import BOS, EOS
+
+Message = dict[str, Any]
+
+# Each is written anew and holds what is peculiar about its family, no more.
+
+# A newline behind the end token, which belongs to nobody's answer.
+CHATML = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+# Trimmed contents, a header of several special tokens, its own BOS.
+LLAMA3 = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}
+"""
+
+# Every answer loses its reasoning, the last one too, and the generation prompt opens the reasoning.
+R1 = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message.role == 'system' -%}{{- message.content -}}
+{%- elif message.role == 'user' -%}{{- '<｜User｜>' + message.content -}}
+{%- elif message.role == 'assistant' -%}
+{{- '<｜Assistant｜>' + message.content.split('</think>')[-1] + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<｜Assistant｜><think>\\n' -}}{%- endif -%}
+"""
+
+# Without reasoning the prompt closes it at once, and so does every answer.
+V31 = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message.role == 'system' -%}{{- message.content -}}
+{%- elif message.role == 'user' -%}{{- '<｜User｜>' + message.content -}}
+{%- elif message.role == 'assistant' -%}
+{{- '<｜Assistant｜></think>' + message.content.split('</think>')[-1] + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<｜Assistant｜></think>' -}}{%- endif -%}
+"""
+
+# template (None: the tiny models' own), end token, further special tokens
+FAMILIES: dict[str, tuple[str | None, str, list[str]]] = {
+    "tiny": (None, EOS, []),
+    "chatml": (CHATML, "<|im_end|>", ["<|im_start|>"]),
+    "llama3": (LLAMA3, "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
+    "r1": (R1, EOS, []),
+    "v3.1": (V31, EOS, []),
+}
+SHARE_ONE_SEQUENCE = [name for name in FAMILIES if name != "r1"]
+
+Tokenizers = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tiny_tokenizer: Any) -> Tokenizers:
+    """A tokenizer for each family."""
+    made = {}
+    for name, (template, end, further) in FAMILIES.items():
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        if template is not None:
+            tokenizer.add_tokens([end, *further], special_tokens=True)
+            tokenizer.chat_template = template
+        # As published: Llama-3's end of turn is not its EOS token.
+        if name == "chatml":
+            tokenizer.eos_token = end
+        made[name] = tokenizer
+    return made
+
+
+def serve(tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+    """The ids that a server makes of a conversation that waits for an answer."""
+    text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def supervised_runs(sequences: list[Encoded]) -> list[tuple[list[int], list[int]]]:
+    """(all ids before it, its own ids) of every unbroken supervised stretch."""
+    runs = []
+    for sequence in sequences:
+        assert len(sequence.ids) == len(sequence.weights)
+        start = 0
+        for weight, group in groupby(sequence.weights):
+            end = start + len(list(group))
+            if weight:
+                assert weight == 1
+                runs.append((sequence.ids[:start], sequence.ids[start:end]))
+            start = end
+    return runs
+
+
+def said(*contents: str, system: str | None = None) -> list[Message]:
+    """A conversation, the user first."""
+    roles = ["user", "assistant"] * len(contents)
+    head = [{"role": "system", "content": system}] if system is not None else []
+    return head + [{"role": role, "content": c} for role, c in zip(roles, contents, strict=False)]
+
+
+# Visible at both ends: what templates do to outer spaces differs, and formats let nothing blank through.
+ends = st.sampled_from([*"aZ7.é中あ😀", "</b>", "ß"])
+middle = st.text(alphabet=st.sampled_from([*"abc 0189\n\t,.中文字é😀ا<>"]), max_size=12)
+contents = st.builds(lambda a, b, c: a + b + c, ends, middle, ends)
+reasoned = st.builds(lambda a, b: f"<think>\n{a}\n</think>\n\n{b}", contents, contents)
+
+
+@st.composite
+def conversations(draw: st.DrawFn, answers: st.SearchStrategy[str] = contents) -> list[Message]:
+    turns = draw(st.lists(st.tuples(contents, answers), min_size=1, max_size=4))
+    system = draw(st.none() | contents)
+    return said(*(text for turn in turns for text in turn), system=system)
+
+
+light = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def check_contract(tokenizer: Any, end: str, messages: list[Message], turns: list[str]) -> list[Encoded]:
+    """Every turn is supervised once, behind what is seen when serving; `turns` are their texts without the end."""
+    sequences = Encoder(tokenizer).encode(Example(tuple(messages)))
+    runs = supervised_runs(sequences)
+    positions = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    assert len(runs) == len(positions)
+    for (before, own), position, turn in zip(runs, positions, turns, strict=True):
+        assert before == serve(tokenizer, messages[:position])
+        assert tokenizer.decode(own) == turn + end
+    return sequences
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@light
+@given(messages=conversations())
+def test_the_context_of_every_turn_is_what_is_seen_when_serving(
+    tokenizers: Tokenizers, family: str, messages: list[Message]
+) -> None:
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    sequences = check_contract(tokenizers[family], FAMILIES[family][1], messages, answers)
+    assert len(sequences) == (1 if family in SHARE_ONE_SEQUENCE else len(answers))
+
+
+@light
+@given(messages=conversations(reasoned))
+def test_reasoning_stays_where_the_prompt_opens_it(tokenizers: Tokenizers, messages: list[Message]) -> None:
+    # R1's own template would render the answer without it, so that only the bare answer would be trained on.
+    answers = [m["content"].removeprefix("<think>\n") for m in messages if m["role"] == "assistant"]
+    sequences = check_contract(tokenizers["r1"], EOS, messages, answers)
+    assert len(sequences) == len(answers)
+
+
+def test_reasoning_stays_where_the_template_keeps_it(tokenizers: Tokenizers) -> None:
+    messages = said("Why?", "<think>\nBecause.\n</think>\n\nSo.", "And?", "<think>\n</think>\n\nNo.")
+    answers = [messages[1]["content"], messages[3]["content"]]
+    for family in ("tiny", "chatml", "llama3"):
+        assert len(check_contract(tokenizers[family], FAMILIES[family][1], messages, answers)) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_separator_behind_the_end_token_is_not_supervised(tokenizers: Tokenizers, family: str) -> None:
+    tokenizer = tokenizers[family]
+    for sequence in Encoder(tokenizer).encode(Example(tuple(said("a?", "b.", "c?", "d.")))):
+        end = tokenizer.convert_tokens_to_ids(FAMILIES[family][1])
+        assert (sequence.ids[-1], sequence.weights[-1]) == (end, 1.0)
+        assert all(
+            sequence.ids[i] == end for i, w in enumerate(sequence.weights[:-1]) if w and not sequence.weights[i + 1]
+        )
+
+
+def test_outer_spaces_go_where_the_template_trims_them(tokenizers: Tokenizers) -> None:
+    messages = said("a?", "  b.\n", "c?", "d.")
+    check_contract(tokenizers["llama3"], "<|eot_id|>", messages, ["b.", "d."])
+    check_contract(tokenizers["tiny"], EOS, messages, ["  b.\n", "d."])
+
+
+@pytest.mark.parametrize("family", ["tiny", "llama3", "r1", "v3.1"])
+def test_there_is_one_bos_though_the_tokenizer_adds_one_too(tokenizers: Tokenizers, family: str) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(tokenizers[family])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.bos_token_id)]
+    )
+    assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id  # the trap is set
+    for sequence in Encoder(tokenizer).encode(Example(tuple(said("a?", "b.", "c?", "d.")))):
+        assert sequence.ids[0] == tokenizer.bos_token_id
+        assert sequence.ids.count(tokenizer.bos_token_id) == 1
+    (raw,) = Encoder(tokenizer).encode(Example(text="x"))
+    assert raw.ids.count(tokenizer.bos_token_id) == 1
+
+
+# ---- tools ----------------------------------------------------------------------------------------
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "description": "天气", "parameters": {"type": "object", "properties": {}}},
+    }
+]
+
+
+def call(content: str = "") -> Message:
+    function = {"name": "weather", "arguments": {"city": "上海", "days": 3}}
+    return {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": function}]}
+
+
+def test_tools_and_calls_are_rendered_and_tool_outputs_not_supervised(tokenizers: Tokenizers) -> None:
+    tokenizer = tokenizers["tiny"]
+    messages = [
+        *said("Weather?", system="Be brief."),
+        call("Let me look."),
+        {"role": "tool", "content": "rain 12"},
+        {"role": "tool", "content": "sun 30"},
+        {"role": "assistant", "content": "Rain, then sun."},
+    ]
+    (sequence,) = Encoder(tokenizer).encode(Example(tuple(messages), tuple(TOOLS)))
+    runs = supervised_runs([sequence])
+    assert runs[0][0] == serve(tokenizer, messages[:2], TOOLS)
+    assert runs[1][0] == serve(tokenizer, messages[:5], TOOLS)
+    assert [tokenizer.decode(own) for _, own in runs] == [
+        "Let me look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n"
+        '{"city": "上海", "days": 3}<｜tool▁call▁end｜><｜tool▁calls▁end｜>' + EOS,
+        "Rain, then sun." + EOS,
+    ]
+    whole = tokenizer.decode(sequence.ids)
+    assert '"name": "weather"' in whole
+    assert "rain 12" in whole
+
+
+def test_a_bare_call_is_supervised_too(tokenizers: Tokenizers) -> None:
+    tokenizer = tokenizers["tiny"]
+    sequences = Encoder(tokenizer).encode(Example((*said("Weather?"), call()), tuple(TOOLS)))
+    ((_, own),) = supervised_runs(sequences)
+    assert tokenizer.decode(own).startswith("<｜tool▁calls▁begin｜>")
+
+
+def test_a_call_that_the_template_would_lose_is_not_trained_as_silence(tokenizers: Tokenizers) -> None:
+    # R1's format opens <think>, so a call can't be taken from the rendering. An answer of the end token alone would
+    # teach the model to say nothing where it should call.
+    tokenizer = tokenizers["r1"]
+    try:
+        sequences = Encoder(tokenizer).encode(Example((*said("Weather?"), call()), tuple(TOOLS)))
+    except RowError:
+        return
+    ((_, own),) = supervised_runs(sequences)
+    assert "weather" in tokenizer.decode(own)
+
+
+# ---- the rest -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["Plain text.", "中文 and 3.14", "ends itself" + EOS])
+def test_raw_text_is_all_supervised_and_ends_in_eos(tiny_tokenizer: Any, text: str) -> None:
+    (sequence,) = Encoder(tiny_tokenizer).encode(Example(text=text))
+    assert sequence.weights == [1.0] * len(sequence.ids)
+    assert tiny_tokenizer.decode(sequence.ids) == text.removesuffix(EOS) + EOS
+
+
+def test_the_first_token_is_never_a_target() -> None:
+    assert Encoded([1, 2, 3], [1.0, 1.0, 0.0]).num_supervised == 1
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[0].nothing.at_all }}",
+        "{{ messages[0].content + 1 }}",
+        "{% if %}",
+    ],
+)
+def test_a_template_that_refuses_is_an_error_of_the_row(tiny_tokenizer: Any, template: str) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(RowError, match="the chat template refuses it: ."):
+        Encoder(tokenizer).encode(Example(tuple(said("a?", "b."))))
+
+
+def test_what_is_supervised_is_coloured_and_nothing_else(tokenizers: Tokenizers) -> None:
+    tokenizer = tokenizers["tiny"]
+    (sequence,) = Encoder(tokenizer).encode(Example(tuple(said("Wie geht’s?", "好 7.", "And?", "Fine."))))
+    text = coloured(sequence, tokenizer)
+    assert text.plain == tokenizer.decode(sequence.ids)
+    green = [text.plain[span.start : span.end] for span in text.spans if span.style == "bold green"]
+    assert green == ["好 7." + EOS, "Fine." + EOS]
+    dim = [text.plain[span.start : span.end] for span in text.spans if span.style == "dim"]
+    assert len("".join(green + dim)) == len(text.plain)
