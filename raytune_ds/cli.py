@@ -114,7 +114,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     generator = Generator.of_run(arguments.run_dir)
     if arguments.prompt and not arguments.output:
         generator.stream(conversations[0], _sampling(arguments), write_now)
-        say("")
+        write_now("\n")
         return 0
     answers = generator.answer(conversations, _sampling(arguments))
     if arguments.output:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -33,6 +34,7 @@ class _Help(argparse.Action):
         self._epilog = epilog
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no error
         parser.print_help()
         print("\n" + self._epilog())
         parser.exit()

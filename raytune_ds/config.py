@@ -188,8 +188,8 @@ class AdapterConfig(Section):
     )
     targets: str | tuple[str, ...] = Field(
         default="auto",
-        description="Modules that get an adapter. auto: the attention and MLP projections of the "
-        "model's family; all-linear: every linear layer; a list: names, or ends of names; "
+        description="Modules that get an adapter. auto: every linear layer on which peft keeps "
+        "an adapter, but not the output head; all-linear: every linear layer; a list: names, or ends of names; "
         "any other text: a regular expression for the full module name.",
     )
 
@@ -357,7 +357,7 @@ class TrainConfig(Section):
     micro_batch: Count | Literal["auto"] = Field(
         default="auto",
         description="Packs one worker computes at once; accumulation makes up the rest of "
-        "train.global_batch. auto: as many as the memory estimate allows.",
+        "train.global_batch. auto: about 8192 tokens, enough to keep the hardware busy.",
     )
     learning_rate: float = Field(
         default=2.0e-4,
@@ -420,7 +420,7 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["auto", "none", "full"] = Field(
         default="auto",
         description="Recompute activations in the backward pass: less memory, about a third more time. "
-        "auto: only where the memory estimate asks for it.",
+        "auto: full on GPUs, where memory is short, none on CPUs.",
     )
     eval_steps: Count | None = Field(
         default=None,
@@ -457,8 +457,7 @@ class EngineConfig(Section):
 
     kind: Literal["auto", "ddp"] = Field(
         default="auto",
-        description="ddp: every worker holds a full copy. auto: chosen from the model's size and the "
-        "workers' memory.",
+        description="ddp: every worker holds the whole model, and gradients are summed once a step. auto: ddp.",
     )
 
 
@@ -468,7 +467,7 @@ class ScalingConfig(Section):
     num_workers: Count | Literal["auto"] = Field(
         default="auto",
         description="Worker processes, one GPU each where GPUs are used. auto: one for each GPU of the "
-        "cluster, or one worker without GPUs.",
+        "cluster; without GPUs two, if there is room.",
     )
     use_gpu: bool | Literal["auto"] = Field(
         default="auto",
@@ -493,8 +492,8 @@ class CheckpointConfig(Section):
 
     every_steps: Count | Literal["auto"] = Field(
         default="auto",
-        description="Optimizer steps between two checkpoints. auto: from the measured time of a step "
-        "and of a save, so that saving stays a small share of the run.",
+        description="Optimizer steps between two checkpoints. auto: a tenth of the run, between 10 and 500, "
+        "which is what a crash may cost.",
     )
     keep: Count = Field(
         default=2,

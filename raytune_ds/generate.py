@@ -150,6 +150,7 @@ def chat(generator: Generator, sampling: Sampling, system: str | None) -> None:
         elif question:
             history.append({"role": "user", "content": question})
             answer = generator.stream(history, sampling, write_now)
+            write_now("\n")
             history.append({"role": "assistant", "content": answer})
 
 

@@ -34,6 +34,9 @@ from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 from raytune_ds.demo.data import domain_rows, write_rows
 from raytune_ds.display import Display
 from raytune_ds.errors import UserError
+from raytune_ds.model import adapters
+from raytune_ds.model.adapters import AdapterReport
+from raytune_ds.model.load import skeleton
 from raytune_ds.rundir import RunDir
 from raytune_ds.worker import Assignment, Outcome, require_same_run, run_worker
 from raytune_ds.world import World
@@ -75,11 +78,12 @@ def launch(config: Config, debug: bool = False) -> Result:
         TrainingFailedError: workers died more often than `scaling.max_failures`; the run can be resumed.
     """
     started = time.monotonic()
-    plan = check(config)
+    checked = check(config)
+    say("\n".join((f"model: {config.model.name}", *checked.report.lines())))
     where = cluster.connect(debug)
     scale = cluster.plan_scale(config.scaling, config.train.global_batch)
     say(f"{scale.num_workers} {'GPU' if scale.use_gpu else 'CPU'} worker(s) on {where}")
-    assignment = plan.assign()
+    assignment = checked.assign()
     if (done := _finished_before(assignment)) is not None:
         say(f"run: {assignment.run.path} is finished already; raise train.num_train_epochs to go on")
         return done
@@ -157,6 +161,7 @@ class Checked:
         inputs: the data files.
         model: with a directory in place of a tiny model's name.
         tokenizer: of the model.
+        report: what will be trained and what not.
     """
 
     config: Config
@@ -164,6 +169,7 @@ class Checked:
     inputs: Inputs
     model: ModelConfig
     tokenizer: TokenizerSpec
+    report: AdapterReport
 
     def assign(self) -> Assignment:
         """Prepares the data: what a worker is told. Ray is needed.
@@ -188,16 +194,11 @@ def check(config: Config) -> Checked:
     inputs = Inputs.find(config.data)
     for line in inputs.summary():
         say(f"data: {line}")
-    # Late, because torch and transformers take seconds to import, and what came before may have failed.
-    from raytune_ds.model import adapters
-    from raytune_ds.model.load import skeleton
-
     model = _located(config, inputs, root)
     report = adapters.report(skeleton(model), config.adapter)
-    say("\n".join((f"model: {config.model.name}", *report.lines())))
     tokenizer = TokenizerSpec.of(model.name, config.data.chat_template, model.trust_remote_code)
     load_tokenizer(tokenizer)
-    return Checked(config, root, inputs, model, tokenizer)
+    return Checked(config, root, inputs, model, tokenizer, report)
 
 
 def _located(config: Config, inputs: Inputs, root: str) -> ModelConfig:

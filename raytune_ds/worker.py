@@ -181,6 +181,9 @@ def _build_module(assignment: Assignment, world: World) -> PackedLM:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(config.run.seed)  # the same initial adapter on every rank
     model: nn.Module = adapters.apply(base, config.adapter)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # biases that are trained along with an adapter are still in `dtype`
+            parameter.data = parameter.data.float()
     return PackedLM(model, decoder, head, dtype)
 
 

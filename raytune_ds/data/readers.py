@@ -64,7 +64,7 @@ def _found_rows(file: SourceFile) -> Iterator[Found]:
     try:
         yield from _parquet_rows(file) if file.container == "parquet" else _text_rows(file)
     # the last two from Parquet: broken UTF-8, and dates that Python can't hold
-    except (pa.ArrowException, OSError, EOFError, ValueError, OverflowError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         yield None, Unreadable(f"the file can't be read from here on: {error}", fatal=True)
 
 

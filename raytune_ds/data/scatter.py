@@ -151,7 +151,6 @@ def encode_block(block: pa.Table, job: Job) -> dict[str, list[Tally]]:
             )
             for name, value in zip(DOCUMENT_SCHEMA.names, record, strict=True):
                 documents[name].append(value)
-            tally.lengths[_length_bin(len(sequence.ids))] += 1
     if documents["key"]:
         first = f"{block.column('file')[0].as_py():06d}-{block.column('index')[0].as_py():012d}"
         _write_buckets(pa.table(documents, schema=DOCUMENT_SCHEMA), job, first)
@@ -169,6 +168,7 @@ def _fit(sequences: list[Encoded], job: Job, tally: Tally, raw_text: bool) -> li
     fitting: list[Encoded] = []
     dropped = 0
     for sequence in sequences:
+        tally.lengths[_length_bin(len(sequence.ids) - 1)] += 1
         if len(sequence.ids) > longest and raw_text:
             starts = range(0, len(sequence.ids) - 1, job.seq_len)
             pieces = [

@@ -9,7 +9,7 @@ import numpy as np
 from raytune_ds.console import human_count, out, say, table
 from raytune_ds.data.order import Place
 from raytune_ds.data.store import Split, Store, file_and_row
-from raytune_ds.data.template import Encoded, coloured
+from raytune_ds.data.template import Encoded, coloured, marked
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 
 BAR = 40
@@ -64,11 +64,12 @@ def _histogram(bins: dict[int, int]) -> None:
 
 def _examples(store: Store, tokenizer: TokenizerSpec, number: int) -> None:
     loaded = load_tokenizer(tokenizer)
-    say("\nexamples: what is trained on is green, context is dim", style="bold")
+    how = "green" if out.is_terminal else "between « and »"
+    say(f"\nexamples: what is trained on is {how}", style="bold")
     for doc, encoded in _documents(store, number):
         file, row = file_and_row(doc)
         say(f"\n{store.manifest.files[file]}, row {row + 1}", style="underline")
-        out.print(coloured(encoded, loaded))
+        out.print(coloured(encoded, loaded) if out.is_terminal else marked(encoded, loaded), markup=False)
 
 
 def _documents(store: Store, number: int) -> Iterator[tuple[int, Encoded]]:

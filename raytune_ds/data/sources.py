@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -29,6 +29,8 @@ _KNOWN = f"{', '.join(_CONTAINERS)} (all but .parquet also with {', '.join(_COMP
 _ABOUT = {"readme", "license", "licence", "notice"}
 # what a URI may hold as it is; '%' too, as it may be quoted already
 _URI_CHARS = "%/:?@!$&'()*+,;="
+# the folder without a wildcard, and the pattern below it
+_GLOB = re.compile(r"([^*?[]*/)?(.*[*?[].*)")
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ def expand(path: str) -> list[SourceFile]:
         return [_source_file(place, info)]
     if info.type == fs.FileType.Directory:
         return _folder_files(place)
-    if re.search(r"[*?[]", _without_query(path)):
-        return _glob_files(path)
+    glob = _GLOB.fullmatch(_without_query(path))
+    if glob:
+        return _glob_files(path, glob[1] or ".", glob[2])
     if not _may_be_hub_name(path):
         raise UserError(_missing(place, path))
     try:
@@ -145,7 +148,7 @@ def _folder_files(place: _Place) -> list[SourceFile]:
     data = [info for info in entries if info.type == fs.FileType.File and _is_data(info.base_name)]
     if not data:
         raise UserError(
-            f"{place.name}: no data file directly in this folder, which has {_some(entries)}. Known extensions"
+            f"{place.name}: no data file directly in this folder, which has {_some(_names(entries))}. Known extensions"
             f" are {_KNOWN}; for the folders below it write {place.name}/**/*.jsonl"
         )
     return [_source_file(place, info) for info in data]
@@ -156,14 +159,14 @@ def _is_data(name: str) -> bool:
     return _container(name) is not None and not about
 
 
-def _glob_files(path: str) -> list[SourceFile]:
-    location = _without_query(path)
-    folder = location[: location.rfind("/", 0, re.search(r"[*?[]", location).start()) + 1]  # type: ignore[union-attr]
-    place = _Place.at((folder or ".") + path.removeprefix(location))
-    found = {info.path: info for info in _walk(place, place.inner, location.removeprefix(folder).split("/"))}
+def _glob_files(path: str, folder: str, pattern: str) -> list[SourceFile]:
+    place = _Place.at(folder + path.removeprefix(_without_query(path)))
+    found = {info.path: info for info in _walk(place, place.inner, pattern.split("/"))}
     files = [found[name] for name in sorted(found) if found[name].type == fs.FileType.File]
     if not files:
-        raise UserError(f"{path}: no file matches; {place.name} has {_some(place.listing(place.inner))}")
+        raise UserError(
+            f"{path}: no file matches; {place.name} has {_some(_names(place.listing(place.inner)))}"
+        )
     # `data/*` means the data among them, `data/*.xlsx` is a mistake
     data = [info for info in files if _container(info.base_name)]
     return [_source_file(place, info) for info in data or files[:1]]
@@ -195,13 +198,16 @@ def _missing(place: _Place, path: str) -> str:
     folder = place.name.rpartition("/")[0] or "/"
     # without a folder it is a bucket: its neighbours are not ours to list
     neighbours = place.listing(inner_folder) if inner_folder else []
-    close = set(difflib.get_close_matches(name, [info.base_name for info in neighbours]))
+    close = difflib.get_close_matches(name, _names(neighbours))
     if close:
-        similar = _some([info for info in neighbours if info.base_name in close])
-        return f"{path}: no such file or folder; {folder} has {similar}"
+        return f"{path}: no such file or folder; {folder} has {_some(close)}"
     return f"{path}: no such file or folder, nor anything of a similar name in {folder}"
 
 
-def _some(infos: Sequence[fs.FileInfo], most: int = 5) -> str:
-    more = f" and {len(infos) - most} more" if len(infos) > most else ""
-    return ", ".join(info.base_name for info in infos[:most]) + more or "nothing"
+def _names(infos: Iterable[fs.FileInfo]) -> list[str]:
+    return [info.base_name for info in infos]
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more or "nothing"

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from jinja2 import TemplateError
@@ -90,7 +91,9 @@ class Encoder:
         rendered = finished[len(context) :] if finished.startswith(context) else ""
         calls = [call["function"]["name"] for call in message.get("tool_calls") or ()]
         if not all(name in rendered for name in calls):
-            raise RowError("the chat template leaves out its tool call, so nothing could be learned from the turn")
+            raise RowError(
+                "the chat template leaves out its tool call, so nothing could be learned from the turn"
+            )
         ends = list(self._special_token.finditer(rendered))
         end = ends[-1].group() if ends else self.tokenizer.eos_token or ""
         if rendered and content.strip() in rendered:
@@ -131,12 +134,18 @@ class Encoder:
 def coloured(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
     """The sequence as text, what is trained on in green."""
     text = Text()
-    start = 0
-    while start < len(encoded.ids):
-        end = start
-        while end < len(encoded.ids) and bool(encoded.weights[end]) == bool(encoded.weights[start]):
-            end += 1
-        style = "bold green" if encoded.weights[start] else "dim"
-        text.append(str(tokenizer.decode(encoded.ids[start:end])), style=style)
-        start = end
+    for supervised, piece in _pieces(encoded, tokenizer):
+        text.append(piece, style="bold green" if supervised else "dim")
     return text
+
+
+def marked(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The sequence as text, what is trained on between « and », for where there are no colours."""
+    return "".join(f"«{piece}»" if supervised else piece for supervised, piece in _pieces(encoded, tokenizer))
+
+
+def _pieces(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[bool, str]]:
+    """Runs of tokens that are all trained on, or all not."""
+    tokens = zip(encoded.ids, encoded.weights, strict=True)
+    for supervised, run in groupby(tokens, key=lambda token: token[1] != 0):
+        yield supervised, str(tokenizer.decode([token for token, _ in run]))
