@@ -52,6 +52,27 @@ class Manifest:
     files: tuple[ShardFile, ...]
     version: int = VERSION
 
+    def to_json(self) -> dict[str, Any]:
+        """As it lies in manifest.json, with a checksum of its own."""
+        values = asdict(self)
+        return {**values, "checksum": _checksum_of(values)}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Manifest:
+        """The way back from `to_json`.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: it is damaged.
+        """
+        checksum = values.pop("checksum")
+        if checksum != _checksum_of(values):
+            raise ValueError("its content has changed (checksum differs)")
+        return Manifest(files=tuple(ShardFile(**file) for file in values.pop("files")), **values)
+
+
+def _checksum_of(values: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
+
 
 def directory(root: str, step: int) -> str:
     """The checkpoint of `step` below `root`."""
@@ -95,7 +116,7 @@ def save(
     written = [_write_shard(path, world.rank, i, shard) for i, shard in enumerate(_shards(state))]
     files = tuple(file for rank_files in world.gather(written) for file in rank_files)
     if world.is_main:
-        storage.write_json(f"{path}/manifest.json", asdict(Manifest(step, identity, progress, files)))
+        storage.write_json(f"{path}/manifest.json", Manifest(step, identity, progress, files).to_json())
     world.barrier()
     return path
 
@@ -128,12 +149,10 @@ def read_manifest(path: str) -> Manifest:
         CheckpointError: it is not there or makes no sense.
     """
     try:
-        values = json.loads(storage.read_bytes(f"{path}/manifest.json"))
-        files = tuple(ShardFile(**file) for file in values.pop("files"))
-        return Manifest(files=files, **values)
+        return Manifest.from_json(json.loads(storage.read_bytes(f"{path}/manifest.json")))
     except OSError as error:
         raise CheckpointError(f"{path}: no manifest, so it was never finished") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}/manifest.json: damaged: {error}") from error
 
 
@@ -201,6 +220,7 @@ class Reader:
 
 
 def prune(root: str, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoint directories."""
-    for step in steps(root)[:-keep]:
+    """Deletes all but the newest `keep` checkpoints, and what interrupted attempts left."""
+    finished = [step for step in steps(root) if storage.exists(f"{directory(root, step)}/manifest.json")]
+    for step in set(steps(root)) - set(finished[-keep:]):
         storage.delete_dir(directory(root, step))

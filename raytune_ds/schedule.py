@@ -16,7 +16,7 @@ def lr_multiplier(config: TrainConfig, total_steps: int) -> Callable[[int], floa
     if warmup is None:
         warmup = round(config.warmup_ratio * total_steps)
     # The schedules are functions of the step inside LambdaLR; the optimizer is only there to be asked for.
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
     scheduler = get_scheduler(
         config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps
     )

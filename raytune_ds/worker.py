@@ -173,17 +173,14 @@ def _train_and_save(
 def _build_module(assignment: Assignment, world: World) -> PackedLM:
     config = assignment.config
     dtype = compute_dtype(assignment.model.dtype, world.device)
-    full = config.adapter.kind == "none"
-    # Trained weights are kept in float32, or small updates would be rounded away; the computation is in `dtype`.
-    base = load_model(assignment.model, torch.float32 if full else dtype, world.device)
+    # All parameters are trained in float32, so they are loaded in it; the computation is in `dtype` all the same.
+    held_in = torch.float32 if config.adapter.kind == "none" else dtype
+    base = load_model(assignment.model, held_in, world.device)
     decoder, head = parts(base)
     if _checkpoints_activations(config, world):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(config.run.seed)  # the same initial adapter on every rank
     model: nn.Module = adapters.apply(base, config.adapter)
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # biases that are trained along with an adapter are still in `dtype`
-            parameter.data = parameter.data.float()
     return PackedLM(model, decoder, head, dtype)
 
 

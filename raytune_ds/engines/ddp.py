@@ -82,7 +82,7 @@ class DdpEngine:
             if f"step/{name}" in names:
                 self._optimizer.state[parameter] = {
                     "step": read(f"step/{name}").reshape(()).clone(),
-                    **{moment: read(f"{moment}/{name}").to(parameter) for moment in MOMENTS},
+                    **{m: torch.empty_like(parameter).copy_(read(f"{m}/{name}")) for m in MOMENTS},
                 }
 
     def _flatten_gradients(self) -> torch.Tensor:

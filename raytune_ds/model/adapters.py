@@ -128,11 +128,19 @@ def linear_names(model: PreTrainedModel) -> list[str]:
 def apply(model: PreTrainedModel, config: AdapterConfig) -> nn.Module:
     """The model made ready: with an adapter around it, or with all its parameters trainable.
 
+    What is trained is float32, whatever the base model is in: small updates would otherwise be rounded away.
+
     Raises:
         UserError: a target matches nothing.
     """
-    if config.kind == "none":
-        return model.requires_grad_(True)
+    ready = model.requires_grad_(True) if config.kind == "none" else _with_adapter(model, config)
+    for parameter in ready.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return ready
+
+
+def _with_adapter(model: PreTrainedModel, config: AdapterConfig) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     resolved = resolve_targets(model, config)
@@ -173,8 +181,9 @@ def report(model: PreTrainedModel, config: AdapterConfig) -> AdapterReport:
         )
         for name, modules in adapted.items()
     ]
-    trainable = sum(int(group.note) for group in groups) + _num_trained_biases(model, config, chosen)
-    return AdapterReport(trainable, total + trainable, tuple(groups), tuple(_left_alone(model, chosen)))
+    added = sum(int(group.note) for group in groups)
+    trainable = added + _num_trained_biases(model, config, chosen)
+    return AdapterReport(trainable, total + added, tuple(groups), tuple(_left_alone(model, chosen)))
 
 
 def _num_trained_biases(model: PreTrainedModel, config: AdapterConfig, chosen: set[str]) -> int:

@@ -70,7 +70,9 @@ def test_names_ends_of_names_and_patterns(skeletons: dict[str, Any], architectur
 
     assert short(resolve(["q_proj", "v_proj"])) == ["q_proj", "v_proj"]
     assert resolve(["layers.2.mlp.up_proj"]) == ["model.layers.2.mlp.up_proj"]
-    assert resolve(r".*layers\.[01]\.self_attn\.o_proj") == [f"model.layers.{i}.self_attn.o_proj" for i in (0, 1)]
+    assert resolve(r".*layers\.[01]\.self_attn\.o_proj") == [
+        f"model.layers.{i}.self_attn.o_proj" for i in (0, 1)
+    ]
     assert short(resolve("all-linear")) == AUTO[architecture]
 
 
@@ -121,7 +123,33 @@ def test_the_report_counts_what_peft_trains(architecture: str, bias: str) -> Non
     report = adapters.report(model, settings)
     parameters = list(adapters.apply(model, settings).parameters())
     assert report.trainable == sum(p.numel() for p in parameters if p.requires_grad)
-    assert report.total == sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [
+        "none",
+        "all",
+        "lora_only",
+    ],
+)
+def test_the_report_counts_every_parameter_once(bias: str) -> None:
+    model = with_biases("qwen2")
+    report = adapters.report(model, config(bias=bias))
+    assert report.total == sum(p.numel() for p in adapters.apply(model, config(bias=bias)).parameters())
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [
+        "none",
+        "all",
+    ],
+)
+def test_what_is_trained_is_float32(bias: str) -> None:
+    # The gradient buffer is, and in bfloat16 small updates would be rounded away.
+    model = adapters.apply(with_biases("qwen2").to(torch.bfloat16), config(bias=bias))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -137,9 +165,9 @@ def test_the_report_says_what_was_left_alone_and_why(skeletons: dict[str, Any]) 
     why = {group.name: group.note for group in report.left_alone}
     assert "routed experts" in why["experts.gate_up_proj"]
     assert "routed experts" in why["experts.down_proj"]
-    assert why["mlp.gate"] == "the router"
-    assert "would go to the routed experts" in why["shared_experts.up_proj"]
-    assert {"the output head", "the embedding"} <= set(why.values())
+    assert "router" in why["mlp.gate"]
+    assert "routed experts" in why["shared_experts.up_proj"]
+    assert all(any(word in note for note in why.values()) for word in ("output head", "embedding"))
     assert [group.name for group in report.adapted].count("q_a_proj") == 1
     text = "\n".join(report.lines())
     for word in ("q_a_proj x4", "experts.gate_up_proj", "routed experts"):

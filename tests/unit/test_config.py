@@ -7,8 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from raytune_ds import config as c
-from raytune_ds.keys import FIELDS, KEYS, section_of
 from raytune_ds.config import Config, SourceConfig, holds_credentials, types_in
+from raytune_ds.keys import FIELDS, KEYS, section_of
 
 
 def make(key: str, value: Any) -> Config:

@@ -103,7 +103,9 @@ def plain(pack: dict[str, np.ndarray]) -> dict[str, list[float]]:
 
 
 def test_targets_are_the_next_tokens_of_the_same_document() -> None:
-    table = pack_documents([[1, 0], [2]], documents([[1, 2, 3], [10, 11], [20, 21, 22, 23]], [[9, 0, 1], [9, 0.5], [9, 1, 0, 1]]))
+    table = pack_documents(
+        [[1, 0], [2]], documents([[1, 2, 3], [10, 11], [20, 21, 22, 23]], [[9, 0, 1], [9, 0.5], [9, 1, 0, 1]])
+    )
     assert table.schema == PACK_SCHEMA
     assert table.to_pylist() == [
         {"ids": [10, 1, 2], "targets": [11, 2, 3], "weights": [0.5, 0, 1], "lengths": [1, 2], "docs": [1, 0]},
@@ -131,7 +133,9 @@ def test_a_document_id_knows_its_file_and_row(file: int, index: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(sizes=st.lists(st.integers(0, 80), max_size=6))
-def test_all_row_groups_are_whole_but_the_last(tmp_path_factory: pytest.TempPathFactory, sizes: list[int]) -> None:
+def test_all_row_groups_are_whole_but_the_last(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int]
+) -> None:
     schema = pa.schema({"n": pa.int64()})
     ends = np.cumsum(sizes).tolist()
     tables = [pa.table({"n": range(end - size, end)}, schema) for end, size in zip(ends, sizes, strict=True)]
@@ -194,7 +198,12 @@ def test_a_weight_is_summed_exactly() -> None:
 
 def test_no_pack_is_a_batch_of_weight_zero() -> None:
     batch = collate([])
-    assert (float(batch.weight), batch.num_tokens, batch.segments.tolist(), batch.max_segment) == (0, 1, [0, 1], 1)
+    assert (float(batch.weight), batch.num_tokens, batch.segments.tolist(), batch.max_segment) == (
+        0,
+        1,
+        [0, 1],
+        1,
+    )
     assert batch.positions_BT.shape == batch.weights_BT.shape == (1, 1)
 
 
@@ -217,7 +226,9 @@ def test_every_rank_has_as_many_micro_batches(data: st.DataObject) -> None:
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_fetched_rows_are_the_packs_themselves(store: Store, world_size: int) -> None:
     order = store.order("train", global_batch=10, seed=1)
-    steps = order.steps_per_epoch + 2  # over the partial batch, in which rank 2 of 3 has some slots without a pack
+    steps = (
+        order.steps_per_epoch + 2
+    )  # over the partial batch, in which rank 2 of 3 has some slots without a pack
     for rank in range(world_size):
         share = Share(order, rank, world_size, micro_batch=2)
         task = {"first": np.array([1]), "last": np.array([steps])}

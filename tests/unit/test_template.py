@@ -69,7 +69,11 @@ V31 = """\
 # template (None: the tiny models' own), end token, further special tokens
 FAMILIES: dict[str, tuple[str | None, str, list[str]]] = {
     "tiny": (None, EOS, []),
-    "tiny-qwen2": (None, EOS, []),  # which transformers loads as a class of its own, with a pre-tokenizer of its own
+    "tiny-qwen2": (
+        None,
+        EOS,
+        [],
+    ),  # which transformers loads as a class of its own, with a pre-tokenizer of its own
     "chatml": (CHATML, "<|im_end|>", ["<|im_start|>"]),
     "llama3": (LLAMA3, "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
     "r1": (R1, EOS, []),
@@ -194,7 +198,9 @@ def test_the_separator_behind_the_end_token_is_not_supervised(tokenizers: Tokeni
         end = tokenizer.convert_tokens_to_ids(FAMILIES[family][1])
         assert (sequence.ids[-1], sequence.weights[-1]) == (end, 1.0)
         assert all(
-            sequence.ids[i] == end for i, w in enumerate(sequence.weights[:-1]) if w and not sequence.weights[i + 1]
+            sequence.ids[i] == end
+            for i, w in enumerate(sequence.weights[:-1])
+            if w and not sequence.weights[i + 1]
         )
 
 
@@ -225,14 +231,22 @@ def test_there_is_one_bos_though_the_tokenizer_adds_one_too(tokenizers: Tokenize
 TOOLS = [
     {
         "type": "function",
-        "function": {"name": "weather", "description": "天气", "parameters": {"type": "object", "properties": {}}},
+        "function": {
+            "name": "weather",
+            "description": "天气",
+            "parameters": {"type": "object", "properties": {}},
+        },
     }
 ]
 
 
 def call(content: str = "") -> Message:
     function = {"name": "weather", "arguments": {"city": "上海", "days": 3}}
-    return {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": function}]}
+    return {
+        "role": "assistant",
+        "content": content,
+        "tool_calls": [{"type": "function", "function": function}],
+    }
 
 
 def test_tools_and_calls_are_rendered_and_tool_outputs_not_supervised(tokenizers: Tokenizers) -> None:

@@ -1,0 +1,232 @@
+"""Packs change nothing: every document is computed as if it were alone, and logits exist only where needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from raytune_ds.config import ModelConfig
+from raytune_ds.data.batch import Batch, collate
+from raytune_ds.model import packed
+from raytune_ds.model.load import load_model, parts
+from raytune_ds.model.packed import PackedLM
+from raytune_ds.objectives.sft import sft
+
+ARCHITECTURES = ["deepseek-v2", "deepseek-v3", "qwen2", "llama"]
+LENGTHS = [7, 1, 12, 30, 3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Toy sizes gain nothing from threads, and lose much where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_models: dict[str, Path]) -> dict[str, Any]:
+    """Each architecture with packed attention."""
+    cpu = torch.device("cpu")
+    return {
+        name: load_model(ModelConfig(name=str(path)), torch.float32, cpu).eval()
+        for name, path in tiny_models.items()
+    }
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request: pytest.FixtureRequest, models: dict[str, Any]) -> Any:
+    return models[request.param]
+
+
+def wrap(model: Any) -> PackedLM:
+    return PackedLM(model, *parts(model), torch.float32)
+
+
+def documents(seed: int = 0) -> list[list[int]]:
+    """Token ids of documents of LENGTHS positions, each with the one token more that is only a target."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(10, 450, length + 1).tolist() for length in LENGTHS]
+
+
+def pack(rows: list[list[int]], weights: np.ndarray | None = None) -> Batch:
+    lengths = np.array([len(row) - 1 for row in rows])
+    return collate(
+        [
+            {
+                "ids": np.concatenate([row[:-1] for row in rows]),
+                "targets": np.concatenate([row[1:] for row in rows]),
+                "weights": np.ones(lengths.sum()) if weights is None else weights,
+                "lengths": lengths,
+            }
+        ]
+    )
+
+
+def some_weights() -> np.ndarray:
+    """Mostly zeros, ones, and something between."""
+    return np.random.default_rng(1).choice([0.0, 0.0, 1.0, 0.25], sum(LENGTHS))
+
+
+class HeadLog:
+    """What goes through the output head: the logits, and how many rows at once."""
+
+    def __init__(self, model: Any) -> None:
+        self.logits: list[torch.Tensor] = []
+        self._hook = model.get_output_embeddings().register_forward_hook(self._note)
+
+    def _note(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self.logits.append(output.detach())
+
+    @property
+    def rows(self) -> list[int]:
+        return [logits.numel() // logits.shape[-1] for logits in self.logits]
+
+    def __enter__(self) -> HeadLog:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._hook.remove()
+
+
+@torch.no_grad()
+def document_logits(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
+    """The logits of every position that PackedLM makes, by document."""
+    with HeadLog(model) as head:
+        wrap(model)(pack(rows))
+    (logits,) = head.logits
+    return list(logits.split([len(row) - 1 for row in rows]))
+
+
+# ---- isolation ------------------------------------------------------------------------------------
+
+
+def experts(model: Any, implementation: str) -> None:
+    if getattr(model.config, "n_routed_experts", None):
+        model.set_experts_implementation(implementation)
+
+
+@pytest.mark.parametrize("replaced", range(len(LENGTHS)))
+def test_another_neighbour_changes_no_bit_of_a_document(model: Any, replaced: int) -> None:
+    before = model.config._experts_implementation
+    # Products a token: the default computes all tokens of an expert in one product, whose rounding depends on how
+    # many there are.
+    experts(model, "batched_mm")
+    try:
+        rows = documents()
+        logits = document_logits(model, rows)
+        rows[replaced] = documents(seed=9)[replaced]
+        others = document_logits(model, rows)
+    finally:
+        experts(model, before)
+    for number, (a, b) in enumerate(zip(logits, others, strict=True)):
+        assert torch.equal(a, b) == (number != replaced)
+
+
+def test_with_the_default_experts_a_neighbour_changes_rounding_only(model: Any) -> None:
+    rows = documents()
+    logits = document_logits(model, rows)
+    rows[2] = documents(seed=9)[2]
+    for number, (a, b) in enumerate(zip(logits, document_logits(model, rows), strict=True)):
+        assert ((a - b).abs().max() < 1e-5) == (number != 2)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_packed_document_equals_the_plain_model_on_it_alone(
+    models: dict[str, Any], tiny_models: dict[str, Path], architecture: str
+) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(
+        tiny_models[architecture], attn_implementation="sdpa", dtype=torch.float32
+    ).eval()
+    rows = documents()
+    for row, logits in zip(rows, document_logits(models[architecture], rows), strict=True):
+        with torch.no_grad():
+            alone = plain(input_ids=torch.tensor([row[:-1]])).logits[0]
+        torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
+
+
+# ---- losses ---------------------------------------------------------------------------------------
+
+
+def test_losses_are_the_cross_entropy_where_the_weight_is_not_zero(model: Any) -> None:
+    rows, weights = documents(), some_weights()
+    with torch.no_grad():
+        losses = wrap(model)(pack(rows, weights))
+        total = sft(wrap(model), pack(rows, weights))
+    full = torch.cat(document_logits(model, rows))
+    expected = F.cross_entropy(full, torch.tensor([t for row in rows for t in row[1:]]), reduction="none")
+    torch.testing.assert_close(losses, expected[torch.tensor(weights != 0)], rtol=0, atol=1e-5)
+    by_hand = float((expected.double() * torch.tensor(weights)).sum())
+    assert float(total) == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_logits_are_made_for_supervised_tokens_only(model: Any) -> None:
+    weights = some_weights()
+    with HeadLog(model) as head, torch.no_grad():
+        wrap(model)(pack(documents(), weights))
+    assert head.rows == [np.count_nonzero(weights)]
+
+
+def gradients(model: Any, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+    model.requires_grad_(True).zero_grad(set_to_none=True)
+    loss = sft(wrap(model), batch)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return float(loss.detach()), found
+
+
+def test_chunks_of_logits_change_neither_loss_nor_gradient(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = pack(documents(), some_weights())
+    loss, whole = gradients(model, batch)
+    monkeypatch.setattr(packed, "LOGITS_CHUNK", 4)
+    with HeadLog(model) as head:
+        chunked_loss, chunked = gradients(model, batch)
+    assert chunked_loss == pytest.approx(loss, rel=1e-6)
+    assert chunked.keys() == whole.keys()
+    for name in whole:
+        torch.testing.assert_close(chunked[name], whole[name], rtol=1e-4, atol=1e-6)
+    # Neither forward nor when they are made again for the backward pass do they exist all at once.
+    assert max(head.rows) == 4
+    assert sum(head.rows) == 2 * int((batch.weights_BT != 0).sum())
+
+
+@pytest.mark.parametrize("batch", [collate([]), pack(documents(), np.zeros(sum(LENGTHS)))])
+def test_a_batch_of_weight_zero_has_a_gradient_of_zeros(model: Any, batch: Batch) -> None:
+    # A rank of a sharded model has to take part in the backward pass, so the graph must be there.
+    loss, found = gradients(model, batch)
+    assert loss == 0
+    assert "model.layers.0.self_attn.o_proj.weight" in found
+    assert "lm_head.weight" in found
+    assert not any(gradient.any() for gradient in found.values())
+
+
+def test_positions_count_from_each_document(models: dict[str, Any]) -> None:
+    # Causal attention with relative positions does not notice a shift, so the positions themselves are looked at.
+    seen: list[torch.Tensor] = []
+    rotary = models["llama"].model.rotary_emb
+    hook = rotary.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs.get("position_ids", args[-1])), with_kwargs=True
+    )
+    try:
+        document_logits(models["llama"], documents())
+    finally:
+        hook.remove()
+    assert seen[0].tolist() == [[i for length in LENGTHS for i in range(length)]]
+
+
+def test_parameters_have_one_name_each(models: dict[str, Any]) -> None:
+    names = [name for name, _ in wrap(models["llama"]).named_parameters(remove_duplicate=False)]
+    assert len(names) == len(set(names)) == len(list(models["llama"].parameters()))
+    assert all(name.startswith("model.") for name in names)
