@@ -17,99 +17,25 @@ HOUSE = "raytune_ds"
 ROOT = Path(raytune_ds.__file__).parent
 
 # From the ground up. A package's own __init__ counts as one module; those of the first line import nothing at all.
-ROOMS = [
-    "raytune_ds",
-    "data",
-    "model",
-    "demo",
-    "errors",
-    "storage",
-    "console",
-    "hub",
-    "config",
-    "keys",
-    "aliases",
-    "yamlfile",
-    "problems",
-    "compose",
-    "confighelp",
-    "plan",
-    "command",
-    "demo.data",
-    "data.formats",
-    "data.sources",
-    "data.readers_lines",
-    "data.readers_json",
-    "data.readers",
-    "data.order",
-    "data.packing",
-    "data.store",
-    "data.share",
-    "data.tokenizer",
-    "data.inputs",
-    "data.template",
-    "data.scatter",
-    "data.buckets",
-    "data.batch",
-    "data.stream",
-    "data.prepare",
-    "data.show",
-    "world",
-    "rundir",
-    "model.tiny",
-    "model.attention",
-    "model.packed",
-    "model.load",
-    "model.adapters",
-    "schedule",
-    "objectives",
-    "objectives.sft",
-    "objectives.preference",
-    "objectives.reward",
-    "objectives.grpo",
-    "engines",
-    "engines.ddp",
-    "engines.fsdp",
-    "engines.zero",
-    "checkpoint",
-    "tracking",
-    "export",
-    "loop",
-    "worker",
-    "generate",
-    "evaluate",
-    "cluster",
-    "display",
-    "launch",
-    "sweep",
-    "demo.run",
-    "train",
-    "cli",
-    "__main__",
-]
+ROOMS = """
+    raytune_ds data model demo
+    errors storage console hub config keys aliases yamlfile problems compose confighelp plan command demo.data
+    data.formats data.sources data.readers_lines data.readers_json data.readers data.order data.packing data.store
+    data.share data.tokenizer data.inputs
+    data.template data.scatter data.buckets data.batch data.stream data.prepare data.show
+    world rundir
+    model.tiny model.attention model.packed model.load model.adapters
+    schedule
+    objectives objectives.sft objectives.preference objectives.reward objectives.grpo
+    engines engines.ddp engines.fsdp engines.zero
+    checkpoint tracking export loop worker generate evaluate
+    cluster display launch sweep demo.run train cli __main__
+""".split()
 
-LIGHT = [
-    "errors",
-    "storage",
-    "console",
-    "hub",
-    "config",
-    "keys",
-    "aliases",
-    "yamlfile",
-    "problems",
-    "compose",
-    "confighelp",
-    "plan",
-    "command",
-    "demo.data",
-    "data.formats",
-    "data.sources",
-    "data.readers_lines",
-    "data.readers_json",
-    "data.readers",
-    "data.order",
-]
+LIGHT = """
+    errors storage console hub config keys aliases yamlfile problems compose confighelp plan command demo.data
+    data.formats data.sources data.readers_lines data.readers_json data.readers data.order
+""".split()
 HEAVY = ("torch", "ray", "transformers")
 
 # Who alone may import a library.

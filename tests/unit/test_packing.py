@@ -19,7 +19,7 @@ def textbook(lengths: list[int], capacity: int) -> list[list[int]]:
     packs: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        for pack, free in enumerate(room):
+        for pack, free in enumerate(room):  # noqa: B007  # the pack it stops at
             if free >= lengths[index]:
                 break
         else:

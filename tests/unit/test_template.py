@@ -324,7 +324,7 @@ def test_the_first_token_is_never_a_target() -> None:
 def test_a_template_that_refuses_is_an_error_of_the_row(tiny_tokenizer: Any, template: str) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = template
-    with pytest.raises(RowError, match="the chat template refuses it: ."):
+    with pytest.raises(RowError, match=r"the chat template refuses it: ."):
         Encoder(tokenizer).encode(Example(tuple(said("a?", "b."))))
 
 
