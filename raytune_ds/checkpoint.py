@@ -219,8 +219,12 @@ class Reader:
         return self._loaded[1][name]
 
 
-def prune(root: str, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, and what interrupted attempts left."""
-    finished = [step for step in steps(root) if storage.exists(f"{directory(root, step)}/manifest.json")]
+def prune(root: str, keep: int, newest: int) -> None:
+    """Deletes all but the last `keep` checkpoints up to step `newest`, and what interrupted attempts left."""
+    finished = [
+        step
+        for step in steps(root)
+        if step <= newest and storage.exists(f"{directory(root, step)}/manifest.json")
+    ]
     for step in set(steps(root)) - set(finished[-keep:]):
         storage.delete_dir(directory(root, step))

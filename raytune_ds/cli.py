@@ -109,6 +109,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     conversations = read_prompts(arguments.prompts) if arguments.prompts else [_user(arguments.prompt)]
     if arguments.output and Path(arguments.output).exists():
         raise UserError(f"--output {arguments.output}: is there already; choose another name.")
+    if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
+        raise UserError(f"--output {arguments.output}: there is no such folder.")
     if arguments.system:
         conversations = [[{"role": "system", "content": arguments.system}, *c] for c in conversations]
     generator = Generator.of_run(arguments.run_dir)

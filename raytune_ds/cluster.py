@@ -33,10 +33,16 @@ def connect(debug: bool) -> str:
         return "the Ray that is running"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     how = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.CRITICAL}
+    address = os.environ.get("RAY_ADDRESS", "")
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS = {address}: that address is for `ray job submit`. Submit the run as a job, or unset "
+            "RAY_ADDRESS to run on an embedded Ray."
+        )
     try:
         context = ray.init(include_dashboard=False, **how)
     except ConnectionError as error:
-        if address := os.environ.get("RAY_ADDRESS"):
+        if address:
             raise UserError(
                 f"RAY_ADDRESS = {address}: no Ray cluster answers there.\n"
                 "Start it (ray start --head), or unset RAY_ADDRESS to run on an embedded Ray."
@@ -70,7 +76,7 @@ def plan_scale(config: ScalingConfig, global_batch: int) -> Scale:
         num_cpus = sum(int(node.get("CPU", 0)) for node in nodes)
         each = f"{config.cpus_per_worker} CPU" + (" and a GPU" if use_gpu else "")
         raise UserError(
-            f"scaling.num_workers = {config.num_workers}: the cluster has room for {room} workers with {each} each: "
+            f"scaling.num_workers = {config.num_workers}: the cluster has room for {room} with {each} each: "
             f"{len(nodes)} node{'s' * (len(nodes) != 1)}, {num_cpus} CPUs, {num_gpus} GPUs.\n"
             "Ask for fewer workers, lower scaling.cpus_per_worker"
             + (", set scaling.use_gpu=false" if use_gpu else "")

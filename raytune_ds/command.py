@@ -84,5 +84,5 @@ def guarded(action: Callable[[], int], debug: bool) -> int:
         err.print(f"error: {error}", markup=False, style="red")
         return 2
     except KeyboardInterrupt:
-        err.print("interrupted; the same command with the same run.name goes on", markup=False)
+        err.print("interrupted", markup=False)
         return 130

@@ -225,7 +225,7 @@ class SourceConfig(Section):
     )
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"] = Field(
         default="auto",
-        description="Form of the rows. auto: told from the columns of the first row, which is enough "
+        description="Form of the rows. auto: told from the columns of the first rows, which is enough "
         "unless they are ambiguous.",
     )
 
@@ -424,13 +424,13 @@ class TrainConfig(Section):
     )
     eval_steps: Count | None = Field(
         default=None,
-        description="Optimizer steps between two evaluations. null: at the end of every epoch, which "
-        "costs the same share of any run.",
+        description="Optimizer steps between two evaluations. null: once an epoch, but at most 20 times "
+        "in a run of many short epochs.",
     )
     logging_steps: Count = Field(
         default=1,
-        description="Optimizer steps between two lines on the screen and in the trackers. 1: a step "
-        "takes long enough for that.",
+        description="Optimizer steps between two points of the trackers' curves; metrics.jsonl has every step. "
+        "1: a step takes long enough for that.",
     )
 
     @field_validator("micro_batch")

@@ -69,7 +69,7 @@ class Display:
         warn(content["text"])
 
     def _show_restart(self, content: dict[str, Any]) -> None:
-        warn(f"{content['text']}; starting the workers again")
+        warn(content["text"])
 
     def _close(self) -> None:
         if self._progress:

@@ -4,14 +4,16 @@ called saved.
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from raytune_ds import storage
 from raytune_ds.rundir import RunDir
@@ -37,16 +39,31 @@ def save_final(run: RunDir, model: nn.Module, tokenizer: PreTrainedTokenizerBase
         ExportError: what was written differs from what is in memory.
         OSError: it can't be written.
     """
-    with tempfile.TemporaryDirectory(prefix="raytune-final-") as scratch:
-        local = Path(scratch)
-        tensors = (
-            _save_adapter(model, local) if hasattr(model, "peft_config") else _save_model(model, local, dtype)
-        )
+    with _staging(run) as local:
+        if hasattr(model, "peft_config"):
+            _compare(local, _save_adapter(model, local))
+        else:
+            _save_model(model, local, dtype)
         tokenizer.save_pretrained(local)
-        _compare(local, tensors)
+        size = sum(file.stat().st_size for file in local.rglob("*") if file.is_file())
         storage.delete_dir(run.final)
-        storage.upload_dir(local, run.final)
-        return sum(file.stat().st_size for file in local.rglob("*") if file.is_file())
+        if storage.is_local(run.final):
+            local.rename(storage.absolute(run.final))
+        else:
+            storage.upload_dir(local, run.final)
+        return size
+
+
+@contextlib.contextmanager
+def _staging(run: RunDir) -> Iterator[Path]:
+    """A folder to write to: beside final/ where that is a file tree, so that a rename puts it in place at once."""
+    beside = storage.absolute(run.path) if storage.is_local(run.path) else None
+    folder = Path(tempfile.mkdtemp(prefix=".final-", dir=beside))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _save_adapter(model: nn.Module, target: Path) -> dict[str, torch.Tensor]:
@@ -57,15 +74,28 @@ def _save_adapter(model: nn.Module, target: Path) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
-def _save_model(model: nn.Module, target: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _save_model(model: nn.Module, target: Path, dtype: torch.dtype) -> None:
+    """Writes a whole model in `dtype`, loads it as anybody would, and compares every weight.
+
+    Raises:
+        ExportError: a weight is not finite, or not what it was.
+    """
     assert isinstance(model, PreTrainedModel)
+    kept = tuple(model._keep_in_fp32_modules_strict or ())
     tensors = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        name: tensor.to(
+            "cpu", dtype if tensor.is_floating_point() and not any(k in name for k in kept) else None
+        )
         for name, tensor in model.state_dict().items()
     }
     model.config.dtype = dtype
     model.save_pretrained(target, state_dict=tensors)
-    return {}
+    read_back = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).state_dict()
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ExportError(f"{name} is not finite")
+        if name not in read_back or not torch.equal(read_back[name], tensor):
+            raise ExportError(f"{name} is not read back as it was written")
 
 
 def _compare(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ds import storage
@@ -61,6 +62,8 @@ class Generator:
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         """`model` is a transformers or peft model in evaluation mode."""
         self.model, self.tokenizer = model, tokenizer
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
 
     @staticmethod
     def of_run(path: str, device: str = "auto") -> Generator:
@@ -72,7 +75,7 @@ class Generator:
         run = RunDir(storage.absolute(path))
         if not storage.is_local(run.path):
             raise UserError(
-                f"--run {path}: copy {run.final} to this machine first and give its parent directory."
+                f"--run {path}: copy the run directory to this machine first (config.json and final/ will do)."
             )
         config = storage.read_json(run.config)
         if config is None:
@@ -121,10 +124,7 @@ class Generator:
         return streamer.text
 
     def _encode(self, conversations: Sequence[Messages]) -> dict[str, torch.Tensor]:
-        texts = [
-            self.tokenizer.apply_chat_template(list(c), add_generation_prompt=True, tokenize=False)
-            for c in conversations
-        ]
+        texts = [self._render(conversation) for conversation in conversations]
         # On the left, so that every answer starts where its row of the batch ends.
         encoded = self.tokenizer(
             texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
@@ -132,9 +132,20 @@ class Generator:
         names = ("input_ids", "attention_mask")
         return {name: encoded[name].to(self.model.device) for name in names}
 
+    def _render(self, conversation: Messages) -> str:
+        if not self.tokenizer.chat_template:  # trained on raw text: what is asked is simply continued
+            return "".join(str(message["content"]) for message in conversation)
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(conversation), add_generation_prompt=True, tokenize=False
+                )
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"the model's chat template refuses this conversation: {error}") from error
+
     def _options(self, sampling: Sampling) -> dict[str, Any]:
-        pad = self.tokenizer.pad_token_id
-        return {**sampling.options(), "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad}
+        return {**sampling.options(), "pad_token_id": self.tokenizer.pad_token_id}
 
 
 def chat(generator: Generator, sampling: Sampling, system: str | None) -> None:

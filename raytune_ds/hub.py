@@ -7,13 +7,13 @@ from raytune_ds.errors import UserError
 TIMEOUT_S = 10.0
 
 
-def check_dataset(name: str) -> None:
-    """Asks for a dataset.
+def check_dataset(name: str) -> str:
+    """Asks for a dataset; returns the commit it stands at.
 
     Raises:
         UserError: the Hub has no such dataset, does not give it to this user, or does not answer.
     """
-    _check("dataset", name)
+    return _check("dataset", name)
 
 
 def check_model(name: str) -> None:
@@ -31,14 +31,14 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _check(kind: Literal["dataset", "model"], name: str) -> None:
+def _check(kind: Literal["dataset", "model"], name: str) -> str:
     """One request without a retry; the loaders try for half a minute and more before they give up."""
     from huggingface_hub import HfApi, errors
 
     api = HfApi()
     ask = api.dataset_info if kind == "dataset" else api.model_info
     try:
-        ask(name, timeout=TIMEOUT_S)
+        return str(ask(name, timeout=TIMEOUT_S).sha)
     except errors.GatedRepoError as error:
         page = f"{api.endpoint}/datasets/{name}" if kind == "dataset" else f"{api.endpoint}/{name}"
         raise UserError(

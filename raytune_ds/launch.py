@@ -22,6 +22,7 @@ import ray.train.torch
 import torch
 import xxhash
 from ray.train import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_ds import checkpoint, cluster, storage
 from raytune_ds.compose import dump
@@ -85,23 +86,31 @@ def launch(config: Config, debug: bool = False) -> Result:
     say(f"{scale.num_workers} {'GPU' if scale.use_gpu else 'CPU'} worker(s) on {where}")
     assignment = checked.assign()
     if (done := _finished_before(assignment)) is not None:
-        say(f"run: {assignment.run.path} is finished already; raise train.num_train_epochs to go on")
+        say(f"run: {assignment.run.path} is finished already; raise train.num_train_epochs to continue it")
         return done
     _claim(assignment)
     say(f"run: {assignment.run.path}")
+    restarts: list[str] = []
     try:
-        outcome, restarts = _fit(assignment, scale)
+        outcome = _fit(assignment, scale, restarts)
     except TrainingFailedError as error:
-        failure = {"status": "failed", "run": assignment.run.path, "error": str(error)}
-        storage.write_json(assignment.run.result, failure)
+        _write_result(assignment, scale, started, Outcome(error=str(error)), restarts)
         warn(
-            f"the run failed; its checkpoints stay, and the same command with run.name={_name(assignment)} goes on"
+            f"the run failed; its checkpoints stay, and the same command with run.name={_name(assignment)} resumes it"
         )
         raise
     if outcome.error is not None:
         raise UserError(outcome.error)
+    result = _write_result(assignment, scale, started, outcome, restarts)
+    _say_end(result)
+    return result
+
+
+def _write_result(
+    assignment: Assignment, scale: cluster.Scale, started: float, outcome: Outcome, restarts: list[str]
+) -> Result:
     result = Result(
-        status="finished",
+        status="failed" if outcome.error else "finished",
         run=assignment.run.path,
         progress=outcome.progress or {},
         wall_time_s=round(time.monotonic() - started, 2),
@@ -110,9 +119,9 @@ def launch(config: Config, debug: bool = False) -> Result:
         peak_memory_mib=tuple(round(m, 1) for m in outcome.peak_memory_mib),
         final_bytes=outcome.final_bytes,
         restarts=tuple(restarts),
+        error=outcome.error,
     )
     storage.write_json(assignment.run.result, dataclasses.asdict(result))
-    _say_end(result)
     return result
 
 
@@ -126,6 +135,11 @@ def _check_storage(config: Config) -> str:
         UserError: it can't be written.
     """
     root = storage.absolute(config.run.storage)
+    if "?" in root:
+        raise UserError(
+            f"run.storage = {config.run.storage}: a query can't be followed by file names. Set region and endpoint in "
+            "the environment of the nodes instead (AWS_REGION, AWS_ENDPOINT_URL)."
+        )
     try:
         storage.check_writable(root)
     except (OSError, ValueError) as error:
@@ -189,6 +203,7 @@ def check(config: Config) -> Checked:
         UserError: anything the user can mend.
     """
     root = _check_storage(config)
+    _check_name(config, root)
     _check_trackers(config)
     config = _with_default_data(config, root)
     inputs = Inputs.find(config.data)
@@ -241,26 +256,32 @@ def _name(assignment: Assignment) -> str:
     return assignment.run.path.rpartition("/")[2]
 
 
-def _claim(assignment: Assignment) -> None:
-    """Makes the run directory, or goes on in it, as `run.resume` says.
+def _check_name(config: Config, root: str) -> None:
+    """Whether the run directory may be used, as `run.resume` says.
 
     Raises:
         UserError: it is there and must not be, or the other way round, or it is no run directory.
     """
-    config, run = assignment.config, assignment.run
-    there = storage.exists(run.path)
-    name = _name(assignment)
+    name = config.run.name
+    run = RunDir(f"{root}/{name}") if name else None
+    there = run is not None and storage.exists(run.path)
     if there and config.run.resume == "never":
-        raise UserError(f"run.name = {name}: {run.path} is there already, and run.resume is never.")
+        raise UserError(f"run.name = {name}: {root}/{name} is there already, and run.resume is never.")
     if not there and config.run.resume == "must":
-        raise UserError(f"run.name = {name}: there is no {run.path} to go on with, and run.resume is must.")
-    if there and not storage.exists(run.config):
         raise UserError(
-            f"run.name = {name}: {run.path} is there but is no run directory; choose another name."
+            f"run.name = {name}: there is no such run in {root} to resume, and run.resume is must."
         )
-    if not there:
-        storage.make_dir(run.path)
-    storage.write_bytes(run.config, dump(_replace(config, run={"name": name})).encode())
+    if there and run is not None and not storage.exists(run.config):
+        raise UserError(
+            f"run.name = {name}: {root}/{name} is there but is no run directory; choose another name."
+        )
+
+
+def _claim(assignment: Assignment) -> None:
+    """Makes the run directory; where it is there, its config becomes the one that the run continues with."""
+    storage.make_dir(assignment.run.path)
+    config = _replace(assignment.config, run={"name": _name(assignment)})
+    storage.write_bytes(assignment.run.config, dump(config).encode())
 
 
 def _finished_before(assignment: Assignment) -> Result | None:
@@ -270,18 +291,14 @@ def _finished_before(assignment: Assignment) -> Result | None:
         UserError: its newest checkpoint was made with other settings.
     """
     root = assignment.run.checkpoints
-    steps = checkpoint.steps(root)
-    if not steps:
-        return None
-    with contextlib.suppress(checkpoint.CheckpointError):
-        # Workers look closer; this answers at once in the usual case.
-        require_same_run(assignment, checkpoint.read_manifest(checkpoint.directory(root, steps[-1])))
+    if steps := checkpoint.steps(root):
+        with contextlib.suppress(checkpoint.CheckpointError):
+            # Workers look closer; this answers at once in the usual case.
+            require_same_run(assignment, checkpoint.read_manifest(checkpoint.directory(root, steps[-1])))
     values = storage.read_json(assignment.run.result)
-    if values is None or values["status"] != "finished":
+    if values is None or values["status"] != "finished" or not storage.exists(assignment.run.final):
         return None
-    if values["progress"]["step"] < assignment.plan.total_steps:
-        return None
-    return Result(**values) if storage.exists(assignment.run.final) else None
+    return Result(**values) if values["progress"]["step"] >= assignment.plan.total_steps else None
 
 
 def _replace(config: Config, **sections: dict[str, Any]) -> Config:
@@ -321,14 +338,16 @@ class RestartReporter(ray.train.UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train's controller before it restarts the worker group."""
         rank, error = next(iter(worker_exceptions.items()))
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         ranks = ", ".join(map(str, worker_exceptions))
         self._mailbox.put.remote("restart", {"text": f"worker {ranks} died: {reason}", "rank": rank})
 
 
-def _fit(assignment: Assignment, scale: cluster.Scale) -> tuple[Outcome, list[str]]:
-    """The TorchTrainer's run, shown as it goes."""
-    mailbox = Mailbox.remote()  # type: ignore[attr-defined]  # Ray adds it
+def _fit(assignment: Assignment, scale: cluster.Scale, restarts: list[str]) -> Outcome:
+    """The TorchTrainer's run, shown as it goes; why workers died is added to `restarts`."""
+    # On the driver's node: losing another one must not make the run go dark.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # Ray adds it
     trainer = ray.train.torch.TorchTrainer(
         partial(_worker_main, assignment=assignment, use_gpu=scale.use_gpu, mailbox=mailbox),
         scaling_config=ray.train.ScalingConfig(
@@ -344,11 +363,10 @@ def _fit(assignment: Assignment, scale: cluster.Scale) -> tuple[Outcome, list[st
             callbacks=[RestartReporter(mailbox)],
         ),
     )
-    restarts: list[str] = []
     with Display() as display, _Following(mailbox, display, restarts):
         result = trainer.fit()
     assert isinstance(result.return_value, Outcome)
-    return result.return_value, restarts
+    return result.return_value
 
 
 def _worker_main(assignment: Assignment, use_gpu: bool, mailbox: Any) -> Outcome:

@@ -10,7 +10,7 @@ result.json      how it ended
 from __future__ import annotations
 
 import json
-import uuid
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,6 @@ class MetricsFile:
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    return (json.dumps(row) + "\n").encode()
-
-
-def scratch_name() -> str:
-    """A name for something that does not stay."""
-    return f".scratch-{uuid.uuid4().hex[:8]}"
+    """A row as a line; a number that JSON does not have (the loss of a skipped step) as null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return (json.dumps(finite, allow_nan=False) + "\n").encode()

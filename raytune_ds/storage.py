@@ -73,7 +73,7 @@ def read_bytes(path: str) -> bytes:
 def write_bytes(path: str, content: bytes) -> None:
     """Writes a small file so that it is there whole or not at all.
 
-    Object stores do that by themselves; on a file tree it takes a second name, a flush to disk and a rename.
+    S3 and GCS do that by themselves; on a file tree it takes a second name, a flush to disk and a rename.
     """
     filesystem, inner = open_filesystem(path)
     filesystem.create_dir(inner.rpartition("/")[0], recursive=True)

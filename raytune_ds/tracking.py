@@ -7,14 +7,14 @@ hours of training are worth more.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from raytune_ds import storage
 from raytune_ds.errors import UserError
 from raytune_ds.rundir import MetricsFile, RunDir
-
-NOT_PLOTTED = ("step", "kind")
 
 
 class Tracker(Protocol):
@@ -28,15 +28,15 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in the run directory, or beside it on this node where the run is in an object store."""
+    """Event files in the run directory; an object store gets them at the end of the run."""
 
-    def __init__(self, run: RunDir, config: dict[str, Any]) -> None:
-        """Opens the event file."""
+    def __init__(self, run: RunDir, config: dict[str, Any], last_step: int) -> None:
+        """Opens the event file, and hides what an earlier attempt wrote of later steps."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(
-            run.tensorboard if not storage.is_local(run.path) else storage.absolute(run.tensorboard)
-        )
+        self._target = run.tensorboard
+        self._local = storage.absolute(run.tensorboard) if storage.is_local(run.path) else tempfile.mkdtemp()
+        self._writer = SummaryWriter(self._local, purge_step=last_step + 1)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """See Tracker."""
@@ -46,12 +46,14 @@ class TensorBoard:
     def close(self) -> None:
         """See Tracker."""
         self._writer.close()
+        if not storage.is_local(self._target):
+            storage.upload_dir(Path(self._local), self._target)
 
 
 class MLflow:
     """An MLflow run, at the server that MLFLOW_TRACKING_URI names."""
 
-    def __init__(self, run: RunDir, config: dict[str, Any]) -> None:
+    def __init__(self, run: RunDir, config: dict[str, Any], last_step: int) -> None:
         """Starts, or after a restart goes on with, the MLflow run of this run's name."""
         import mlflow
 
@@ -81,7 +83,7 @@ class MLflow:
 class WandB:
     """A Weights & Biases run; its key comes from WANDB_API_KEY."""
 
-    def __init__(self, run: RunDir, config: dict[str, Any]) -> None:
+    def __init__(self, run: RunDir, config: dict[str, Any], last_step: int) -> None:
         """Starts, or after a restart goes on with, the run of this run's name."""
         import wandb
 
@@ -103,7 +105,7 @@ class WandB:
         self._run.finish()
 
 
-TRACKERS: dict[str, Callable[[RunDir, dict[str, Any]], Tracker]] = {
+TRACKERS: dict[str, Callable[[RunDir, dict[str, Any], int], Tracker]] = {
     "tensorboard": TensorBoard,
     "mlflow": MLflow,
     "wandb": WandB,
@@ -135,13 +137,13 @@ class Tracking:
         """
         self._warn = warn
         self._file = MetricsFile(run, last_step)
-        self._trackers = {name: _start(name, run, config) for name in to}
+        self._trackers = {name: _start(name, run, config, last_step) for name in to}
 
     def log(self, row: dict[str, Any], plot: bool = True) -> None:
         """One row of metrics.jsonl; `plot` sends it to the trackers too."""
         self._file.write(row)
         if plot:
-            metrics = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in NOT_PLOTTED}
+            metrics = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
             self._each(lambda tracker: tracker.log(row["step"], metrics))
 
     def flush(self) -> None:
@@ -162,9 +164,9 @@ class Tracking:
                 del self._trackers[name]
 
 
-def _start(name: str, run: RunDir, config: dict[str, Any]) -> Tracker:
+def _start(name: str, run: RunDir, config: dict[str, Any], last_step: int) -> Tracker:
     try:
-        return TRACKERS[name](run, config)
+        return TRACKERS[name](run, config, last_step)
     except ImportError as error:
         raise UserError(
             f"tracking.to: {name} is not installed ({error}); pip install 'raytune_ds[track]'"

@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,6 +33,8 @@ from raytune_ds.rundir import RunDir
 from raytune_ds.tracking import Tracking
 from raytune_ds.world import World
 
+T = TypeVar("T")
+
 Report = Callable[[str, dict[str, Any]], None]
 """Tells the outside what happens: a kind (step, eval, note, warning, checkpoint) and its content."""
 
@@ -42,6 +44,15 @@ OpenStream = Callable[[Store, Share, range], Iterator[list[Batch]]]
 # A forward pass on the CPU or a GPU is busy enough with this many tokens; more only takes memory.
 AUTO_MICRO_BATCH_TOKENS = 8192
 EVAL_BATCH = 16
+# Keys of `train` that a run may be continued with another value of. With more steps the schedule stretches.
+MAY_CHANGE = (
+    "num_train_epochs",
+    "max_steps",
+    "micro_batch",
+    "activation_checkpointing",
+    "eval_steps",
+    "logging_steps",
+)
 
 
 @dataclass(frozen=True)
@@ -74,11 +85,12 @@ class Assignment:
         config = self.config
         return {
             "run.seed": config.run.seed,
-            "model": self.model.name,
-            "adapter": config.adapter.model_dump(mode="json"),
+            "model.name": self.model.name,
+            "model.dtype": self.model.dtype,
+            "adapter": config.adapter.model_dump(mode="json") if config.adapter.kind != "none" else None,
             "objective": config.objective.model_dump(mode="json"),
             "data": self.store.manifest.fingerprint,
-            "train.global_batch": config.train.global_batch,
+            "train": config.train.model_dump(mode="json", exclude=set(MAY_CHANGE)),
         }
 
 
@@ -101,29 +113,47 @@ class Outcome:
 
 def run_worker(assignment: Assignment, world: World, open_stream: OpenStream, report: Report) -> Outcome:
     """Trains this rank's share of the run, from where its newest checkpoint left it."""
-    # A mistake of the user's is returned, not raised: raised, it would look like a crash and be tried again.
-    error = tracking = None
-    try:
-        module = _build_module(assignment, world)
-        found = _where_to_start(assignment, world, report)
-        if world.is_main:
-            tracking = _open_tracking(assignment, found, report)
-    except UserError as problem:
-        error = str(problem)
-    if errors := [e for e in world.gather(error) if e]:
-        return Outcome(error=errors[0])
+    # A mistake of the user's is returned, not raised: raised, it would look like a crash and be tried again. All ranks
+    # hear of it after each step, so that none waits for another in a collective that never comes.
+    module, problem = _attempt(lambda: _build_module(assignment, world), world)
+    if module is None:
+        return Outcome(error=problem)
+    found, problem = _attempt(lambda: _where_to_start(assignment, world, report), world)
+    if problem:
+        return Outcome(error=problem)
+    tracking, problem = _attempt(lambda: _open_tracking(assignment, world, found, report), world)
+    if problem:
+        return Outcome(error=problem)
     engine = engines.build(assignment.config.engine.kind, module, assignment.config.train, world)
     progress = Progress()
     if found is not None:
         path, manifest = found
-        try:
-            reader = Reader(path, manifest)
-            engine.load_state(reader, reader.names)
-        except UserError as problem:
-            return Outcome(error=str(problem))
+        reader = Reader(path, manifest)
+        _, problem = _attempt(lambda: engine.load_state(reader, reader.names), world)
+        if problem:
+            return Outcome(error=problem)
         progress = Progress(**manifest.progress)
-        report("note", {"text": f"going on from the checkpoint of step {progress.step}"})
+        report("note", {"text": f"resuming from the checkpoint of step {progress.step}"})
     return _train_and_save(assignment, world, engine, progress, tracking, open_stream, report)
+
+
+def _differences(key: str, there: Any, here: Any) -> Iterator[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in here:
+            yield from _differences(f"{key}.{name}".lstrip("."), there.get(name), here[name])
+    elif there != here:
+        yield f"  {key}: {there} then, {here} now"
+
+
+def _attempt(action: Callable[[], T], world: World) -> tuple[T | None, str | None]:
+    """What `action` returns, or the first rank's UserError as text, the same on all ranks."""
+    result = error = None
+    try:
+        result = action()
+    except UserError as problem:
+        error = str(problem)
+    errors = [text for text in world.gather(error) if text]
+    return (None, errors[0]) if errors else (result, None)
 
 
 def _train_and_save(
@@ -190,7 +220,7 @@ def _checkpoints_activations(config: Config, world: World) -> bool:
 
 
 def _where_to_start(assignment: Assignment, world: World, report: Report) -> tuple[str, Manifest] | None:
-    """The newest checkpoint that verifies: rank 0 looks, so that all ranks start from the same one.
+    """The newest checkpoint that verifies. A collective: rank 0 looks, so that all ranks start from the same one.
 
     Raises:
         UserError: it was made with another model, data set, seed ...
@@ -224,7 +254,12 @@ def require_same_run(assignment: Assignment, manifest: Manifest) -> None:
         )
 
 
-def _open_tracking(assignment: Assignment, found: tuple[str, Manifest] | None, report: Report) -> Tracking:
+def _open_tracking(
+    assignment: Assignment, world: World, found: tuple[str, Manifest] | None, report: Report
+) -> Tracking | None:
+    """On rank 0 alone."""
+    if not world.is_main:
+        return None
     return Tracking(
         assignment.run,
         assignment.config.tracking.to,
@@ -270,7 +305,7 @@ def _hooks(
             tracking.flush()
         path = checkpoint.save(root, step, engine.state(), assignment.identity, asdict(progress), world)
         if world.is_main:
-            checkpoint.prune(root, config.checkpoint.keep)
+            checkpoint.prune(root, config.checkpoint.keep, newest=step)
         report("checkpoint", {"step": step, "path": path, "seconds": time.perf_counter() - started})
 
     return Hooks(log=log, checkpoint=save)

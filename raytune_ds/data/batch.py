@@ -49,7 +49,7 @@ class Batch:
         return self.ids_BT.numel()
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`, its copies overlapping the computation where they can."""
+        """The same batch on `device`."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)

@@ -27,7 +27,7 @@ def pack_bucket(batch: dict[str, np.ndarray], job: Job, threshold: int) -> dict[
     bucket = int(batch["bucket"][0])
     result: dict[str, Any] = {"bucket": bucket}
     directory = bucket_dir(job, bucket)
-    parts = [read_table(f"{directory}/{name}") for name in storage.list_names(directory)]
+    parts = [read_table(f"{directory}/{name}") for name in storage.list_names(directory) if name[0] != "."]
     documents = pa.concat_tables(parts) if parts else DOCUMENT_SCHEMA.empty_table()
     documents = documents.sort_by([(name, "ascending") for name in ("key", "doc", "piece")])
     held_out = documents.column("eval_key").to_numpy() <= np.uint64(threshold)

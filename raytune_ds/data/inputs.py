@@ -12,7 +12,7 @@ from itertools import islice
 
 import xxhash
 
-from raytune_ds import storage
+from raytune_ds import hub, storage
 from raytune_ds.config import DataConfig, SourceConfig
 from raytune_ds.data.formats import Example, RowError, detect, to_example
 from raytune_ds.data.readers import Row, read_rows
@@ -20,6 +20,9 @@ from raytune_ds.data.sources import SourceFile, expand
 from raytune_ds.errors import UserError
 
 ROWS_FOR_DETECTION = 100
+# Guesses, on the safe side: they only decide how many buckets the preparation makes.
+COMPRESSION = 6
+HUB_TEXT_BYTES = 2 << 30
 SAMPLE_CHARS = 4_000_000
 _CHUNK = 4 << 20
 
@@ -32,6 +35,14 @@ class Input:
     format: str
     held_out: bool
     source: str
+
+    @property
+    def text_bytes(self) -> int:
+        """About how much text is in it, in bytes."""
+        if self.file.container == "hub":
+            return HUB_TEXT_BYTES
+        packed = self.file.container == "parquet" or self.file.path.endswith((".gz", ".bz2", ".zst"))
+        return self.file.size * (COMPRESSION if packed else 1)
 
 
 @dataclass(frozen=True)
@@ -64,9 +75,9 @@ class Inputs:
         ]
 
     @property
-    def num_bytes(self) -> int:
-        """Of all files; those of the hub count as nothing."""
-        return sum(item.file.size for item in self.items)
+    def text_bytes(self) -> int:
+        """About how much text is in all files, in bytes."""
+        return sum(item.text_bytes for item in self.items)
 
     @property
     def has_conversations(self) -> bool:
@@ -108,7 +119,7 @@ def _format_of(source: SourceConfig, file: SourceFile) -> str:
 
 def _content_hash(file: SourceFile) -> str:
     if file.container == "hub":
-        return file.path
+        return hub.check_dataset(file.path)
     digest = xxhash.xxh3_128()
     filesystem, inner = storage.open_filesystem(file.path)
     with filesystem.open_input_stream(inner, compression=None) as stream:

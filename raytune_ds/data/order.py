@@ -36,9 +36,9 @@ class Permutation:
 
     def __call__(self, index: int) -> int:
         """Where `index` goes."""
-        image = self._encrypt(index, self._keys)
+        image = self._encrypt(index)
         while image >= self.size:
-            image = self._encrypt(image, self._keys)
+            image = self._encrypt(image)
         return image
 
     def inverse(self, image: int) -> int:
@@ -55,9 +55,9 @@ class Permutation:
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         return (z ^ (z >> 31)) & self._mask
 
-    def _encrypt(self, value: int, keys: list[int]) -> int:
+    def _encrypt(self, value: int) -> int:
         left, right = value >> self._half_bits, value & self._mask
-        for key in keys:
+        for key in self._keys:
             left, right = right, left ^ self._round(right, key)
         return (left << self._half_bits) | right
 

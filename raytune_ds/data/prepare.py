@@ -55,13 +55,13 @@ def prepare(config: Config, inputs: Inputs, tokenizer: TokenizerSpec, path: str)
         return found
     job = Job(
         inputs=inputs.items,
-        num_bytes=inputs.num_bytes,
+        text_bytes=inputs.text_bytes,
         tokenizer=tokenizer,
         seq_len=config.data.seq_len,
         on_long_row=config.data.on_long_row,
         seed=config.run.seed,
         eval_fraction=config.data.eval.fraction,
-        num_buckets=max(1, inputs.num_bytes // (config.data.prepare_memory_mib * _MIB)),
+        num_buckets=max(1, inputs.text_bytes // (config.data.prepare_memory_mib * _MIB)),
         scratch=f"{path}/.scratch-{fingerprint}-{uuid.uuid4().hex[:8]}",
         target=target,
     )
@@ -79,6 +79,10 @@ def _run(job: Job, config: Config, fingerprint: str) -> Manifest:
         tally, rejected = _scatter(job, fail=config.data.on_bad_row == "fail")
         threshold = _eval_threshold(job, tally)
         train, evaluation = _pack_buckets(job, threshold, tally)
+    if (packed := train.num_docs + evaluation.num_docs) != tally.num_docs:
+        raise RuntimeError(
+            f"{packed} of {tally.num_docs} documents arrived in {job.scratch}: does every node see the same storage?"
+        )
     if train.num_packs == 0:
         raise UserError(_nothing_left(job, tally, rejected))
     if rejected:
@@ -152,7 +156,7 @@ def _scatter(job: Job, fail: bool) -> tuple[Tally, list[dict[str, Any]]]:
     )
     total, rejected = Tally(), []
     started = time.monotonic()
-    with ProgressLine("preparing", job.num_bytes) as progress:
+    with ProgressLine("preparing", job.text_bytes) as progress:
         for row in tallies.iter_rows():
             tally: Tally = row["tally"]
             total.add(tally)

@@ -45,7 +45,7 @@ class Job:
     """All that a task of the job needs to know."""
 
     inputs: tuple[Input, ...]
-    num_bytes: int
+    text_bytes: int
     tokenizer: TokenizerSpec
     seq_len: int
     on_long_row: str
@@ -64,6 +64,7 @@ class Tally:
     num_bytes: int = 0
     num_truncated: int = 0
     num_dropped_long: int = 0
+    num_docs: int = 0
     lowest_eval_key: int = (1 << 64) - 1
     lengths: Counter[str] = field(default_factory=Counter)
     rejected: list[dict[str, Any]] = field(default_factory=list)
@@ -75,6 +76,7 @@ class Tally:
         self.num_bytes += other.num_bytes
         self.num_truncated += other.num_truncated
         self.num_dropped_long += other.num_dropped_long
+        self.num_docs += other.num_docs
         self.lowest_eval_key = min(self.lowest_eval_key, other.lowest_eval_key)
         self.lengths.update(other.lengths)
         self.peak_memory_mib = max(self.peak_memory_mib, other.peak_memory_mib)
@@ -151,6 +153,7 @@ def encode_block(block: pa.Table, job: Job) -> dict[str, list[Tally]]:
             )
             for name, value in zip(DOCUMENT_SCHEMA.names, record, strict=True):
                 documents[name].append(value)
+    tally.num_docs = len(documents["key"])
     if documents["key"]:
         first = f"{block.column('file')[0].as_py():06d}-{block.column('index')[0].as_py():012d}"
         _write_buckets(pa.table(documents, schema=DOCUMENT_SCHEMA), job, first)

@@ -51,8 +51,13 @@ def fetch_step(reader: PackReader, share: Share, step: int) -> dict[int, dict[st
 def fetch_rows(batch: dict[str, np.ndarray], store: Store, split: str, share: Share) -> Iterator[pa.Table]:
     """The steps from `first` up to `last` to one Arrow row each: the slots that have a pack, and the packs' columns."""
     reader = store.reader(split)
-    for step in range(int(batch["first"][0]), int(batch["last"][0])):
-        packs = fetch_step(reader, share, step)
+    steps = range(int(batch["first"][0]), int(batch["last"][0]))
+    fetched: dict[int, dict[int, dict[str, np.ndarray]]] = {step: {} for step in steps}
+    for slot in share.slots:  # slot by slot: consecutive steps of one lie in the same row group
+        for step in steps:
+            if (place := share.order.place(step, slot)) is not None:
+                fetched[step][slot] = reader.pack(place)
+    for packs in fetched.values():
         row: dict[str, Any] = {"slots": [np.array(list(packs), np.int32)]}
         for name in PACK_SCHEMA.names:
             arrays = [pack[name] for pack in packs.values()]

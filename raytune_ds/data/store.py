@@ -13,6 +13,7 @@ each document) and `docs` (which row of which file each document came from).
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -141,8 +142,7 @@ class Store:
 class PackReader:
     """Packs by their place, a few row groups kept at hand."""
 
-    # A task reads one slot after another, each from a row group of its own.
-    CACHED_ROW_GROUPS = 64
+    CACHED_ROW_GROUPS = 8
 
     def __init__(self, path: str, split: Split, row_group: int) -> None:
         """Opens nothing yet: shards are opened when first read."""
@@ -216,10 +216,13 @@ def write_table(table: pa.Table, path: str) -> None:
 def write_tables(tables: Iterable[pa.Table], path: str, schema: pa.Schema) -> None:
     """Tables of any length, one after the other, as one Parquet file whose row groups are all whole but the last."""
     filesystem, inner = open_filesystem(path)
-    filesystem.create_dir(inner.rpartition("/")[0], recursive=True)
+    folder, _, name = inner.rpartition("/")
+    filesystem.create_dir(folder, recursive=True)
+    # Under another name first: a second job that prepares the same data must not truncate what a first one reads.
+    scratch = f"{folder}/.{uuid.uuid4().hex[:8]}-{name}"
     waiting = schema.empty_table()
     with (
-        filesystem.open_output_stream(inner, compression=None) as stream,
+        filesystem.open_output_stream(scratch, compression=None) as stream,
         pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=False) as writer,
     ):
         for table in tables:
@@ -230,6 +233,7 @@ def write_tables(tables: Iterable[pa.Table], path: str, schema: pa.Schema) -> No
             waiting = waiting.slice(whole)
         if waiting.num_rows:
             writer.write_table(waiting, row_group_size=ROW_GROUP)
+    filesystem.move(scratch, inner)
 
 
 def read_table(path: str) -> pa.Table:

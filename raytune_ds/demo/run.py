@@ -10,6 +10,7 @@ What counts is the exact match on three further phrasings of each fact, which ne
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,13 @@ from raytune_ds.evaluate import Score, exact_match
 from raytune_ds.generate import Generator
 from raytune_ds.launch import Result, launch
 
-COMMON = ["scaling.num_workers=2", "data.seq_len=512", "train.micro_batch=2", "tracking.to=[]"]
+COMMON = [
+    f"scaling.num_workers={min(2, os.cpu_count() or 1)}",
+    "scaling.use_gpu=false",  # so that everybody sees the same figures, and one GPU is no obstacle
+    "data.seq_len=512",
+    "train.micro_batch=2",
+    "tracking.to=[]",
+]
 BASE = [
     "model.name=tiny:deepseek-v3",
     "adapter.kind=none",

@@ -77,13 +77,16 @@ class DdpEngine:
         """See Engine."""
         expected = {f"model/{name}": p.shape for name, p in self._parameters.items()}
         require_same_parameters(expected, {n: s for n, s in names.items() if n.startswith("model/")})
-        for name, parameter in self._parameters.items():
-            parameter.data.copy_(read(f"model/{name}"))
-            if f"step/{name}" in names:
-                self._optimizer.state[parameter] = {
-                    "step": read(f"step/{name}").reshape(()).clone(),
-                    **{m: torch.empty_like(parameter).copy_(read(f"{m}/{name}")) for m in MOMENTS},
-                }
+        # In the order of the files, because a reader holds one file at a time.
+        for full_name in names:
+            kind, _, name = full_name.partition("/")
+            parameter = self._parameters[name]
+            if kind == "model":
+                parameter.data.copy_(read(full_name))
+            else:
+                like = torch.zeros((), device=parameter.device) if kind == "step" else parameter
+                value = torch.empty_like(like).copy_(read(full_name).reshape(like.shape))
+                self._optimizer.state[parameter][kind] = value
 
     def _flatten_gradients(self) -> torch.Tensor:
         parameters = list(self._parameters.values())

@@ -92,7 +92,12 @@ def _matching(
     if targets == "all-linear":
         return candidates
     if isinstance(targets, str):
-        matched = [name for name in candidates if re.fullmatch(targets, name)]
+        matched = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
+        if others := [name for name in matched if name not in candidates]:
+            raise UserError(
+                f"adapter.targets: {targets!r} also matches {', '.join(others[:3])}, which can't take an adapter: "
+                "only linear layers other than the output head can."
+            )
         if not matched:
             raise UserError(_no_match(model, [targets], candidates, moved))
         return matched

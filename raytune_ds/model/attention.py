@@ -87,7 +87,12 @@ def packed_attention(
     if value_size != head_size:
         # MLA's values are narrower than its keys, and the fused kernels want one size. Zeros change nothing.
         value = F.pad(value, (0, head_size - value_size))
-    kernel = _kernel(query.device.type, query.dtype)
+    device = query.device.type
+    if torch.is_autocast_enabled(
+        device
+    ):  # rotary embeddings of float32 weights leave queries and keys in float32
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    kernel = _kernel(device, query.dtype)
     output = kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling)
     return output[..., :value_size].transpose(1, 2), None
 

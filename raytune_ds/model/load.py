@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from raytune_ds import hub
@@ -14,6 +15,14 @@ from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
 from raytune_ds.model import attention
 
+# What packed attention and `PackedLM` leave out; no DeepSeek model has any of it.
+UNSUPPORTED = (
+    "final_logit_softcapping",
+    "attn_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "use_sliding_window",
+)
 # Names for the error message of one that does not exist: tutorials are full of invented ones.
 DEEPSEEK_MODELS = (
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
@@ -106,10 +115,21 @@ def skeleton(config: ModelConfig) -> PreTrainedModel:
     Raises:
         UserError: there is no such model.
     """
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            load_config(config), trust_remote_code=config.trust_remote_code
+    model_config = load_config(config)
+    if unsupported := [name for name in UNSUPPORTED if getattr(model_config, name, None)]:
+        raise UserError(
+            f"model.name = {config.name}: its {', '.join(unsupported)} would be lost in training on packs; "
+            "models that need it are not supported."
         )
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                model_config, trust_remote_code=config.trust_remote_code
+            )
+    except ValueError as error:
+        raise UserError(
+            f"model.name = {config.name}: no causal language model: {_first_line(error)}"
+        ) from error
     return model
 
 
@@ -132,7 +152,7 @@ def _from_pretrained(config: ModelConfig, **how: Any) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             _place(config), trust_remote_code=config.trust_remote_code, **how
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model.name = {config.name}: can't be loaded: {_first_line(error)}") from error
     return model
 

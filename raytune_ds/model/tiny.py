@@ -159,6 +159,7 @@ def build(architecture: str, texts: Callable[[], Iterable[str]], seed: int, targ
     model.generation_config = GenerationConfig(**ids)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    scratch.chmod(0o755)  # mkdtemp lets nobody else in
     model.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     try:

@@ -58,4 +58,4 @@ def test_a_killed_worker_costs_only_time(
     assert killed, "the run ended before anything was killed"
     assert len(result.restarts) == 1
     assert step_losses(result.run) == step_losses(calm.run)
-    assert "going on from the checkpoint of step" in capsys.readouterr().out
+    assert "resuming from the checkpoint of step" in capsys.readouterr().out

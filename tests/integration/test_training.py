@@ -164,7 +164,7 @@ def test_other_settings_are_refused_by_name(first: Any, shared: Path) -> None:
     with pytest.raises(UserError) as caught:
         _launch(shared, "train.num_train_epochs=3", "adapter.r=4", "run.seed=5")
     assert "run.seed: 0 then, 5 now" in str(caught.value)
-    assert "'r': 4" in str(caught.value)
+    assert "adapter.r: 8 then, 4 now" in str(caught.value)
     assert "run.name" in str(caught.value)
 
 

@@ -91,7 +91,7 @@ def test_newest_is_by_step_and_prune_keeps_the_newest(tmp_path: Path) -> None:
     for step in (5, 100, 20):
         save(tmp_path, step)
     assert checkpoint.steps(str(tmp_path)) == [5, 20, 100]
-    checkpoint.prune(str(tmp_path), keep=2)
+    checkpoint.prune(str(tmp_path), keep=2, newest=100)
     assert checkpoint.steps(str(tmp_path)) == [20, 100]
     found = checkpoint.newest(str(tmp_path), refuse_warnings)
     assert found is not None
@@ -112,8 +112,8 @@ def test_what_a_crash_left_half_written_does_not_push_out_good_checkpoints(tmp_p
         tmp_path / "step-00000030"
     ).mkdir()  # died while it was written; then the run went on from 20 and saved at 25
     save(tmp_path, 25)
-    checkpoint.prune(str(tmp_path), keep=1)
-    assert 25 in checkpoint.steps(str(tmp_path))
+    checkpoint.prune(str(tmp_path), keep=1, newest=25)
+    assert checkpoint.steps(str(tmp_path)) == [25]
 
 
 def test_saving_again_leaves_nothing_of_an_interrupted_attempt(tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_an_object_store_holds_checkpoints_and_metrics(
     found = checkpoint.newest(run.checkpoints, warnings.append)
     assert found is not None
     assert (found[1].step, len(warnings)) == (1, 1)
-    checkpoint.prune(run.checkpoints, keep=1)
+    checkpoint.prune(run.checkpoints, keep=1, newest=2)
     assert checkpoint.steps(run.checkpoints) == [1], "the one without a manifest goes"
 
     file = MetricsFile(run, last_step=-1)

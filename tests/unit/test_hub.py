@@ -1,5 +1,6 @@
 """What the Hub's answers become."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -15,11 +16,12 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> lis
     asked: list[str] = []
     for method in ("dataset_info", "model_info"):
 
-        def answer(self: Any, name: str, timeout: float, method: str = method) -> None:
+        def answer(self: Any, name: str, timeout: float, method: str = method) -> SimpleNamespace:
             assert timeout <= 10
             asked.append(f"{method} {name}")
             if error is not None:
                 raise error
+            return SimpleNamespace(sha="c0ffee")
 
         monkeypatch.setattr(huggingface_hub.HfApi, method, answer)
     return asked
@@ -34,7 +36,7 @@ def http_error(kind: str) -> Exception:
 
 def test_one_request(monkeypatch):
     asked = answer_with(monkeypatch, None)
-    hub.check_dataset("org/data")
+    assert hub.check_dataset("org/data") == "c0ffee"
     hub.check_model("org/model")
     assert asked == ["dataset_info org/data", "model_info org/model"]
 
