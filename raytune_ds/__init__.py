@@ -3,7 +3,7 @@
 The map of the house. A module imports only what stands above it; `tests/unit/test_layers.py` holds that.
 
     errors, console, storage, hub      what a user caused; what people see; files anywhere; the Hugging Face hub
-    config, aliases, yamlfile, compose the config tree, and how YAML and key=value become one
+    config, keys, yamlfile, compose    the config tree, and how YAML and key=value become one
     data/formats, sources, readers     any row of any file to one `Example`
     data/order                         pure: (seed, epoch, step, slot) to the pack that is read
     data/packing, store                token sequences to packs; packs to Parquet shards and back
@@ -15,7 +15,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     checkpoint, tracking, export       what a run leaves behind
     loop, worker                       the training loop; one worker from start to end (no Ray in either)
     generate, evaluate                 answers and scores of a finished run
-    cluster, launch (R)                the Ray it runs on; a config to a finished run
+    check, cluster, launch (R)         what is tried first; the Ray it runs on; a config to a finished run
     demo/, train, cli                  the bundled demo; the command lines
 
 A row's way from a file to a gradient: `inputs` finds files and formats; `prepare` reads them with Ray Data, and its

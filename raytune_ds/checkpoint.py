@@ -67,6 +67,8 @@ class Manifest:
         checksum = values.pop("checksum")
         if checksum != _checksum_of(values):
             raise ValueError("its content has changed (checksum differs)")
+        if values["version"] != VERSION:
+            raise ValueError(f"version {values['version']} is not {VERSION}, the one this package reads")
         return Manifest(files=tuple(ShardFile(**file) for file in values.pop("files")), **values)
 
 
@@ -185,7 +187,10 @@ def newest(root: str, warn: Callable[[str], None]) -> tuple[str, Manifest] | Non
     for step in reversed(steps(root)):
         path = directory(root, step)
         try:
-            return path, verify(path)
+            manifest = verify(path)
+            if manifest.step != step:
+                raise CheckpointError(f"{path}: holds step {manifest.step}")
+            return path, manifest
         except CheckpointError as error:
             warn(f"checkpoint passed over: {error}")
     return None

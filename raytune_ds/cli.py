@@ -57,12 +57,14 @@ def _data(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         sys.stdout.write(dump(config))
         return 0
-    from raytune_ds import cluster, launch
+    from raytune_ds import cluster
+    from raytune_ds.check import check
     from raytune_ds.data.show import show
+    from raytune_ds.launch import assign
 
-    checked = launch.check(config)
+    checked = check(config)
     cluster.connect(arguments.debug)
-    assignment = checked.assign()
+    assignment = assign(checked)
     show(assignment.store, assignment.tokenizer, arguments.examples)
     return 0
 

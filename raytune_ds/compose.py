@@ -183,3 +183,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def replaced(config: Config, **sections: dict[str, Any]) -> Config:
+    """The config with some keys of some sections replaced, checked again as a whole."""
+    values = config.model_dump(mode="json")
+    for section, changes in sections.items():
+        values[section] |= changes
+    return Config.model_validate(values)

@@ -314,7 +314,7 @@ class DataConfig(Section):
     prepare_memory_mib: Count = Field(
         default=64,
         description="Mebibytes of source text that one task of the preparation holds at a time; documents are "
-        "packed together within that much. 64 leaves small machines room and packs over 98% full.",
+        "packed together within that much. 64 leaves small machines room and fills packs well.",
     )
     chat_template: Text | None = Field(
         default=None,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import threading
 import time
 from datetime import datetime
@@ -20,24 +19,18 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-import xxhash
 from ray.train import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_ds import checkpoint, cluster, storage
-from raytune_ds.compose import dump
-from raytune_ds.config import Config, ModelConfig
+from raytune_ds.check import Checked, check
+from raytune_ds.compose import dump, replaced
+from raytune_ds.config import Config
 from raytune_ds.console import human_count, human_time, say, warn
-from raytune_ds.data.inputs import Inputs
 from raytune_ds.data.prepare import prepare
 from raytune_ds.data.stream import stream
-from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
-from raytune_ds.demo.data import domain_rows, write_rows
 from raytune_ds.display import Display
 from raytune_ds.errors import UserError
-from raytune_ds.model import adapters
-from raytune_ds.model.adapters import AdapterReport
-from raytune_ds.model.load import skeleton
 from raytune_ds.rundir import RunDir
 from raytune_ds.worker import Assignment, Outcome, require_same_run, run_worker
 from raytune_ds.world import World
@@ -84,7 +77,7 @@ def launch(config: Config, debug: bool = False) -> Result:
     where = cluster.connect(debug)
     scale = cluster.plan_scale(config.scaling, config.train.global_batch)
     say(f"{scale.num_workers} {'GPU' if scale.use_gpu else 'CPU'} worker(s) on {where}")
-    assignment = checked.assign()
+    assignment = assign(checked)
     if (done := _finished_before(assignment)) is not None:
         say(f"run: {assignment.run.path} is finished already; raise train.num_train_epochs to continue it")
         return done
@@ -125,119 +118,16 @@ def _write_result(
     return result
 
 
-# ------------------------------------------------------------------------------------- before any worker starts
-
-
-def _check_storage(config: Config) -> str:
-    """The absolute storage root, after writing to it.
+def assign(checked: Checked) -> Assignment:
+    """Prepares the data: what a worker is told. Ray is needed.
 
     Raises:
-        UserError: it can't be written.
+        UserError: a row is bad, or nothing is left to train on.
     """
-    root = storage.absolute(config.run.storage)
-    if "?" in root:
-        raise UserError(
-            f"run.storage = {config.run.storage}: a query can't be followed by file names. Set region and endpoint in "
-            "the environment of the nodes instead (AWS_REGION, AWS_ENDPOINT_URL)."
-        )
-    try:
-        storage.check_writable(root)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"run.storage = {config.run.storage}: can't be written: {error}\nSet run.storage to a place that can."
-        ) from error
-    return root
-
-
-def _check_trackers(config: Config) -> None:
-    """Workers start them; a missing package is told here, before any of them has started."""
-    missing = [name for name in config.tracking.to if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"tracking.to: {', '.join(missing)}: not installed; pip install 'raytune_ds[track]'")
-
-
-def _with_default_data(config: Config, root: str) -> Config:
-    """The bundled demo data where the config names none."""
-    if config.data.sources is not None:
-        return config
-    path = Path(_local_root(root)) / ".demo" / "prescriptions.jsonl"
-    write_rows(domain_rows(), path)
-    return _replace(config, data={"sources": [{"path": str(path), "format": "alpaca"}]})
-
-
-@dataclasses.dataclass(frozen=True)
-class Checked:
-    """A config whose storage, data files and model are there and fit together; Ray has not been asked for anything yet.
-
-    Attributes:
-        config: with the bundled data named where it named none.
-        root: the absolute storage.
-        inputs: the data files.
-        model: with a directory in place of a tiny model's name.
-        tokenizer: of the model.
-        report: what will be trained and what not.
-    """
-
-    config: Config
-    root: str
-    inputs: Inputs
-    model: ModelConfig
-    tokenizer: TokenizerSpec
-    report: AdapterReport
-
-    def assign(self) -> Assignment:
-        """Prepares the data: what a worker is told. Ray is needed.
-
-        Raises:
-            UserError: a row is bad, or nothing is left to train on.
-        """
-        store = prepare(self.config, self.inputs, self.tokenizer, f"{self.root}/.prepared")
-        run = RunDir(f"{self.root}/{self.config.run.name or _make_name(self.config)}")
-        return Assignment(self.config, self.model, self.tokenizer, store, run)
-
-
-def check(config: Config) -> Checked:
-    """Tries all that can be tried without Ray, the quick things first, and says what it finds.
-
-    Raises:
-        UserError: anything the user can mend.
-    """
-    root = _check_storage(config)
-    _check_name(config, root)
-    _check_trackers(config)
-    config = _with_default_data(config, root)
-    inputs = Inputs.find(config.data)
-    for line in inputs.summary():
-        say(f"data: {line}")
-    model = _located(config, inputs, root)
-    report = adapters.report(skeleton(model), config.adapter)
-    tokenizer = TokenizerSpec.of(model.name, config.data.chat_template, model.trust_remote_code)
-    load_tokenizer(tokenizer)
-    return Checked(config, root, inputs, model, tokenizer, report)
-
-
-def _located(config: Config, inputs: Inputs, root: str) -> ModelConfig:
-    """The model with an absolute directory for its name, unless it is of the hub."""
-    name = config.model.name
-    if name.startswith("tiny:"):
-        name = str(_build_tiny(config, inputs, root))
-    elif Path(name).expanduser().is_dir():
-        name = str(Path(name).expanduser().absolute())
-    return config.model.model_copy(update={"name": name})
-
-
-def _build_tiny(config: Config, inputs: Inputs, root: str) -> Path:
-    from raytune_ds.model import tiny
-
-    architecture = config.model.name.removeprefix("tiny:")
-    key = xxhash.xxh3_64_hexdigest("/".join((architecture, str(config.run.seed), *inputs.contents)).encode())
-    target = Path(_local_root(root)) / ".models" / f"tiny-{architecture}-{key}"
-    return tiny.build(architecture, inputs.sample_texts, config.run.seed, target)
-
-
-def _local_root(root: str) -> str:
-    """Where things go that have to be files: the storage itself, or the default one where that is an object store."""
-    return root if storage.is_local(root) else str(Path("~/raytune_ds").expanduser())
+    config, root = checked.config, checked.root
+    store = prepare(config, checked.inputs, checked.tokenizer, f"{root}/.prepared")
+    run = RunDir(f"{root}/{config.run.name or _make_name(config)}")
+    return Assignment(config, checked.model, checked.tokenizer, store, run)
 
 
 def _make_name(config: Config) -> str:
@@ -256,31 +146,10 @@ def _name(assignment: Assignment) -> str:
     return assignment.run.path.rpartition("/")[2]
 
 
-def _check_name(config: Config, root: str) -> None:
-    """Whether the run directory may be used, as `run.resume` says.
-
-    Raises:
-        UserError: it is there and must not be, or the other way round, or it is no run directory.
-    """
-    name = config.run.name
-    run = RunDir(f"{root}/{name}") if name else None
-    there = run is not None and storage.exists(run.path)
-    if there and config.run.resume == "never":
-        raise UserError(f"run.name = {name}: {root}/{name} is there already, and run.resume is never.")
-    if not there and config.run.resume == "must":
-        raise UserError(
-            f"run.name = {name}: there is no such run in {root} to resume, and run.resume is must."
-        )
-    if there and run is not None and not storage.exists(run.config):
-        raise UserError(
-            f"run.name = {name}: {root}/{name} is there but is no run directory; choose another name."
-        )
-
-
 def _claim(assignment: Assignment) -> None:
     """Makes the run directory; where it is there, its config becomes the one that the run continues with."""
     storage.make_dir(assignment.run.path)
-    config = _replace(assignment.config, run={"name": _name(assignment)})
+    config = replaced(assignment.config, run={"name": _name(assignment)})
     storage.write_bytes(assignment.run.config, dump(config).encode())
 
 
@@ -299,14 +168,6 @@ def _finished_before(assignment: Assignment) -> Result | None:
     if values is None or values["status"] != "finished" or not storage.exists(assignment.run.final):
         return None
     return Result(**values) if values["progress"]["step"] >= assignment.plan.total_steps else None
-
-
-def _replace(config: Config, **sections: dict[str, Any]) -> Config:
-    """The config with some keys of some sections replaced, checked again as a whole."""
-    values = config.model_dump(mode="json")
-    for section, keys in sections.items():
-        values[section] |= keys
-    return Config.model_validate(values)
 
 
 # ---------------------------------------------------------------------------------------------- the workers

@@ -241,16 +241,13 @@ def require_same_run(assignment: Assignment, manifest: Manifest) -> None:
     Raises:
         UserError: naming each difference.
     """
-    there, here = manifest.identity, assignment.identity
-    changed = [
-        f"  {key}: {there.get(key)} then, {here[key]} now" for key in here if there.get(key) != here[key]
-    ]
+    changed = list(_differences("", manifest.identity, assignment.identity))
     if changed:
         name = assignment.run.path.rpartition("/")[2]
         raise UserError(
             f"run.name = {name}: this run was begun with other settings:\n"
             + "\n".join(changed)
-            + "\nSet them back to go on, or choose another run.name to start anew."
+            + "\nSet them back to resume it, or choose another run.name to start anew."
         )
 
 

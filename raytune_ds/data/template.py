@@ -95,10 +95,13 @@ class Encoder:
                 "the chat template leaves out its tool call, so nothing could be learned from the turn"
             )
         ends = list(self._special_token.finditer(rendered))
-        end = ends[-1].group() if ends else self.tokenizer.eos_token or ""
+        # Behind the end token templates put separators, which belong to the next turn's context.
+        ended = bool(ends) and not rendered[ends[-1].end() :].strip()
+        end = ends[-1].group() if ended else self.tokenizer.eos_token or ""
         if rendered and content.strip() in rendered:
-            # Behind the end token templates put separators, which belong to the next turn's context.
-            return rendered[: ends[-1].end()] if ends else rendered + end
+            return rendered[: ends[-1].end()] if ended else rendered + end
+        if (reasoning := message.get("reasoning_content")) and "</think>" not in content:
+            content = f"<think>\n{reasoning}\n</think>\n\n{content}"
         if _OPENED_THINKING.search(context):
             content = content.lstrip().removeprefix("<think>").lstrip("\n")
         return content + end

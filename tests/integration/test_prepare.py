@@ -25,11 +25,12 @@ def _rows(count: int, words: int = 20) -> list[dict[str, str]]:
 
 
 def _prepare(storage: Path, tiny: Path, *overrides: str) -> Any:
+    from raytune_ds.check import check
     from raytune_ds.compose import compose
-    from raytune_ds.launch import check
+    from raytune_ds.launch import assign
 
     config = compose([], [f"run.storage={storage}", f"model.name={tiny}", *overrides])
-    return check(config).assign().store
+    return assign(check(config)).store
 
 
 def _documents(store: Any, split: str) -> list[tuple[int, ...]]:

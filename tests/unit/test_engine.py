@@ -136,6 +136,15 @@ def test_steps_equal_plain_torch(max_grad_norm: float) -> None:
             torch.testing.assert_close(parameters(engine)[name], parameter.detach(), rtol=1e-4, atol=1e-6)
 
 
+def test_a_gradient_within_the_limit_is_left_as_it_is() -> None:
+    batch = collate(packs(4))
+    free = engine_of(ToyLM())
+    norm = optimizer_step(free, sft, [batch], ALONE, 0.01)["grad_norm"]
+    limited = engine_of(ToyLM(), max_grad_norm=1.5 * norm)
+    optimizer_step(limited, sft, [batch], ALONE, 0.01)
+    assert_same_bits(limited.state(), free.state())
+
+
 def test_the_gradient_is_cleared_after_a_step() -> None:
     once, twice = engine_of(ToyLM(), weight_decay=0.0), engine_of(ToyLM(), weight_decay=0.0)
     (first,) = run(once, range(1))

@@ -29,7 +29,7 @@ ROOMS = """
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo
     engines engines.ddp engines.fsdp engines.zero
     checkpoint tracking export loop worker generate evaluate
-    cluster display launch sweep demo.run train cli __main__
+    check cluster display launch sweep demo.run train cli __main__
 """.split()
 
 LIGHT = """

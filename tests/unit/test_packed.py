@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from raytune_ds.config import ModelConfig
 from raytune_ds.data.batch import Batch, collate
 from raytune_ds.model import packed
+from raytune_ds.model.attention import packed_attention
 from raytune_ds.model.load import load_model, parts
 from raytune_ds.model.packed import PackedLM
 from raytune_ds.objectives.sft import sft
@@ -152,6 +153,25 @@ def test_a_packed_document_equals_the_plain_model_on_it_alone(
         with torch.no_grad():
             alone = plain(input_ids=torch.tensor([row[:-1]])).logits[0]
         torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_attention_by_hand(scaling: float | None) -> None:
+    # Grouped heads, values narrower than keys (MLA), and a scale that is not the usual one (YaRN changes it).
+    torch.manual_seed(0)
+    lengths = [3, 1, 4]
+    query, key = torch.randn(1, 4, 8, 6), torch.randn(1, 2, 8, 6)
+    value = torch.randn(1, 2, 8, 5)
+    segments = torch.tensor([0, 3, 4, 8], dtype=torch.int32)
+    found, _ = packed_attention(
+        nn.Module(), query, key, value, None, cu_seq_lens_q=segments, max_length_q=4, scaling=scaling
+    )
+    key, value = key.repeat_interleave(2, dim=1), value.repeat_interleave(2, dim=1)
+    document = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    allowed = (document[:, None] == document[None]) & torch.ones(8, 8).tril().bool()
+    scores = query @ key.transpose(2, 3) * (scaling or 6**-0.5)
+    expected = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value
+    torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
 # ---- losses ---------------------------------------------------------------------------------------

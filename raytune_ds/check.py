@@ -1,0 +1,145 @@
+"""What can be tried before Ray is asked for anything: storage, names, data files, model, targets."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from raytune_ds import storage
+from raytune_ds.compose import replaced
+from raytune_ds.config import Config, ModelConfig
+from raytune_ds.console import say
+from raytune_ds.data.inputs import Inputs
+from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
+from raytune_ds.demo.data import domain_rows, write_rows
+from raytune_ds.errors import UserError
+from raytune_ds.model import adapters
+from raytune_ds.model.adapters import AdapterReport
+from raytune_ds.model.load import skeleton
+from raytune_ds.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A config whose storage, data files and model are there and fit together; Ray has not been asked for anything yet.
+
+    Attributes:
+        config: with the bundled data named where it named none.
+        root: the absolute storage.
+        inputs: the data files.
+        model: with a directory in place of a tiny model's name.
+        tokenizer: of the model.
+        report: what will be trained and what not.
+    """
+
+    config: Config
+    root: str
+    inputs: Inputs
+    model: ModelConfig
+    tokenizer: TokenizerSpec
+    report: AdapterReport
+
+
+def check(config: Config) -> Checked:
+    """Tries all that can be tried without Ray, the quick things first, and says what it finds.
+
+    Raises:
+        UserError: anything the user can mend.
+    """
+    root = _check_storage(config)
+    _check_name(config, root)
+    _check_trackers(config)
+    config = _with_default_data(config, root)
+    inputs = Inputs.find(config.data)
+    for line in inputs.summary():
+        say(f"data: {line}")
+    model = _located(config, inputs, root)
+    report = adapters.report(skeleton(model), config.adapter)
+    tokenizer = TokenizerSpec.of(model.name, config.data.chat_template, model.trust_remote_code)
+    load_tokenizer(tokenizer)
+    return Checked(config, root, inputs, model, tokenizer, report)
+
+
+def _check_storage(config: Config) -> str:
+    """The absolute storage root, after writing to it.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    root = storage.absolute(config.run.storage)
+    if "?" in root:
+        raise UserError(
+            f"run.storage = {config.run.storage}: a query can't be followed by file names. Set region and endpoint in "
+            "the environment of the nodes instead (AWS_REGION, AWS_ENDPOINT_URL)."
+        )
+    try:
+        storage.check_writable(root)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"run.storage = {config.run.storage}: can't be written: {error}\nSet run.storage to a place that can."
+        ) from error
+    return root
+
+
+def _check_trackers(config: Config) -> None:
+    """Workers start them; a missing package is told here, before any of them has started."""
+    missing = [name for name in config.tracking.to if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"tracking.to: {', '.join(missing)}: not installed; pip install 'raytune_ds[track]'")
+
+
+def _with_default_data(config: Config, root: str) -> Config:
+    """The bundled demo data where the config names none."""
+    if config.data.sources is not None:
+        return config
+    path = Path(_local_root(root)) / ".demo" / "prescriptions.jsonl"
+    write_rows(domain_rows(), path)
+    return replaced(config, data={"sources": [{"path": str(path), "format": "alpaca"}]})
+
+
+def _check_name(config: Config, root: str) -> None:
+    """Whether the run directory may be used, as `run.resume` says.
+
+    Raises:
+        UserError: it is there and must not be, or the other way round, or it is no run directory.
+    """
+    name = config.run.name
+    run = RunDir(f"{root}/{name}") if name else None
+    there = run is not None and storage.exists(run.path)
+    if there and config.run.resume == "never":
+        raise UserError(f"run.name = {name}: {root}/{name} is there already, and run.resume is never.")
+    if not there and config.run.resume == "must":
+        raise UserError(
+            f"run.name = {name}: there is no such run in {root} to resume, and run.resume is must."
+        )
+    if there and run is not None and not storage.exists(run.config):
+        raise UserError(
+            f"run.name = {name}: {root}/{name} is there but is no run directory; choose another name."
+        )
+
+
+def _located(config: Config, inputs: Inputs, root: str) -> ModelConfig:
+    """The model with an absolute directory for its name, unless it is of the hub."""
+    name = config.model.name
+    if name.startswith("tiny:"):
+        name = str(_build_tiny(config, inputs, root))
+    elif Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser().absolute())
+    return config.model.model_copy(update={"name": name})
+
+
+def _build_tiny(config: Config, inputs: Inputs, root: str) -> Path:
+    from raytune_ds.model import tiny
+
+    architecture = config.model.name.removeprefix("tiny:")
+    key = xxhash.xxh3_64_hexdigest("/".join((architecture, str(config.run.seed), *inputs.contents)).encode())
+    target = Path(_local_root(root)) / ".models" / f"tiny-{architecture}-{key}"
+    return tiny.build(architecture, inputs.sample_texts, config.run.seed, target)
+
+
+def _local_root(root: str) -> str:
+    """Where things go that have to be files: the storage itself, or the default one where that is an object store."""
+    return root if storage.is_local(root) else str(Path("~/raytune_ds").expanduser())
