@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import signal
@@ -24,6 +25,9 @@ _QUIET = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "PYTHONWARNINGS": "ignore",
 }
+
+
+DISK_FULL = os.strerror(errno.ENOSPC)
 
 
 class _Help(argparse.Action):
@@ -83,6 +87,14 @@ def guarded(action: Callable[[], int], debug: bool) -> int:
             raise
         err.print(f"error: {error}", markup=False, style="red")
         return 2
+    except Exception as error:
+        # Each library has its own error for a full disk, and Ray wraps those of workers as text.
+        if debug or DISK_FULL not in str(error):
+            raise
+        err.print(
+            f"error: {DISK_FULL}. Make room under run.storage; the same command then resumes.", style="red"
+        )
+        return 1
     except KeyboardInterrupt:
         err.print("interrupted", markup=False)
         return 130

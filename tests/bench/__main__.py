@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from raytune_ds.config import AdapterConfig, ModelConfig, TrainConfig
 from raytune_ds.console import say, table
@@ -109,6 +110,7 @@ def _pad(documents: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor, torc
 def main() -> None:
     """Prints the table."""
     torch.set_num_threads(2)
+    disable_progress_bar()
     rows = list(general_rows())
     chosen = np.random.default_rng(0).permutation(len(rows))[:DOCUMENTS]
     with tempfile.TemporaryDirectory() as folder:

@@ -98,6 +98,16 @@ def test_what_is_not_the_users_fault_is_not_hidden() -> None:
         guarded(crash, debug=False)
 
 
+def test_a_full_disk_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whichever library met it: the words of the system are in all their messages."""
+
+    def fill() -> int:
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    assert guarded(fill, debug=False) == 1
+    assert "Make room under run.storage" in capsys.readouterr().err
+
+
 def test_train_as_a_verb_is_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     """`raytune-ds train` is `python -m raytune_ds.train`."""
     assert cli.main(["train", "--print-config"]) == 0
