@@ -6,6 +6,7 @@ python -m raytune_ds.train --config my.yaml adapter.r=16   your model, your data
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -17,22 +18,22 @@ from raytune_ds.confighelp import help_text
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 1 for a failed run, 2 for a mistake of the user's."""
     arguments = _parser().parse_args(argv)
-    return guarded(lambda: _train(arguments.config, arguments.overrides, arguments), debug=arguments.debug)
+    return guarded(lambda: _train(arguments), debug=arguments.debug)
 
 
-def _train(files: Sequence[str], overrides: Sequence[str], arguments: object) -> int:
-    config = compose(files, overrides)
-    if getattr(arguments, "print_config", False):
+def _train(arguments: argparse.Namespace) -> int:
+    config = compose(arguments.config, arguments.overrides)
+    if arguments.print_config:
         sys.stdout.write(dump(config))
         return 0
     # Ray and torch are imported only once the config is known to be right.
     from raytune_ds.launch import launch
 
-    launch(config, debug=getattr(arguments, "debug", False))
+    launch(config, debug=arguments.debug)
     return 0
 
 
-def _parser():  # type: ignore[no-untyped-def]
+def _parser() -> argparse.ArgumentParser:
     command = parser("raytune_ds.train", "Fine-tunes a model.", epilog=help_text)
     add_config_arguments(command)
     return command

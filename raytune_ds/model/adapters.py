@@ -27,7 +27,7 @@ class Group:
         count: how many of them the model has.
         shape: of one of them, as text.
         num_parameters: of the base model, all of them together.
-        note: the adapter's parameters, or why there is none.
+        note: why there is no adapter; empty where there is one.
     """
 
     name: str
@@ -182,11 +182,12 @@ def report(model: PreTrainedModel, config: AdapterConfig) -> AdapterReport:
             len(modules),
             f"{modules[0].in_features}x{modules[0].out_features}",
             sum(m.weight.numel() for m in modules),
-            note=str(sum(config.r * (m.in_features + m.out_features) for m in modules)),
+            note="",
         )
         for name, modules in adapted.items()
     ]
-    added = sum(int(group.note) for group in groups)
+    linears = (module for modules in adapted.values() for module in modules)
+    added = sum(config.r * (m.in_features + m.out_features) for m in linears)
     trainable = added + _num_trained_biases(model, config, chosen)
     return AdapterReport(trainable, total + added, tuple(groups), tuple(_left_alone(model, chosen)))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers import Run, metrics, step_losses, write_jsonl
+from tests.helpers import Run, step_losses, write_jsonl
 
 ROWS = [
     {"instruction": f"say {i} " + "please " * (i % 9), "output": f"{i} is what I say " + "now " * (i % 5)}
@@ -27,20 +27,19 @@ SETTINGS = (
 )
 
 
-def _kill_a_worker_after(run_dir: Path, step: int, killed: list[int]) -> None:
-    """Waits for the run's metrics to reach `step`, then kills the youngest training worker."""
-    while not (run_dir / "metrics.jsonl").exists() or len(metrics(str(run_dir))) < step:
-        if threading.main_thread().is_alive() is False:
-            return
+def _kill_a_worker_after(run_dir: Path, num_lines: int, killed: list[int]) -> None:
+    """Waits for so many lines in the run's metrics.jsonl, then kills the youngest training worker of our own Ray."""
+    file = run_dir / "metrics.jsonl"
+    while not file.exists() or file.read_bytes().count(b"\n") < num_lines:
         threading.Event().wait(0.02)
-    workers = [p for p in psutil.process_iter(["name", "cmdline", "create_time"]) if _is_worker(p)]
-    victim = max(workers, key=lambda p: p.info["create_time"])
+    workers = [p for p in psutil.Process().children(recursive=True) if _is_worker(p)]
+    victim = max(workers, key=lambda p: p.create_time())
     os.kill(victim.pid, signal.SIGKILL)
     killed.append(victim.pid)
 
 
 def _is_worker(process: psutil.Process) -> bool:
-    return any("RayTrainWorker" in part for part in process.info["cmdline"] or [])
+    return any("RayTrainWorker" in part for part in process.cmdline())
 
 
 def test_a_killed_worker_costs_only_time(
