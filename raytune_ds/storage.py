@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import uuid
@@ -50,6 +51,13 @@ def list_names(path: str) -> list[str]:
     return sorted(info.base_name for info in filesystem.get_file_info(selector))
 
 
+def size_of(path: str) -> int:
+    """Bytes of all files below a folder."""
+    filesystem, inner = open_filesystem(path)
+    infos = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
+    return sum(info.size for info in infos if info.type == pafs.FileType.File)
+
+
 def make_dir(path: str) -> None:
     """Makes a folder and those above it."""
     filesystem, inner = open_filesystem(path)
@@ -68,6 +76,12 @@ def read_bytes(path: str) -> bytes:
     filesystem, inner = open_filesystem(path)
     with filesystem.open_input_stream(inner, compression=None) as stream:
         return bytes(stream.read())
+
+
+def open_file(path: str) -> Any:
+    """A file to read in any order: a pyarrow NativeFile."""
+    filesystem, inner = open_filesystem(path)
+    return filesystem.open_input_file(inner)
 
 
 def write_bytes(path: str, content: bytes) -> None:
@@ -100,8 +114,19 @@ def read_json(path: str) -> Any:
 
 
 def write_json(path: str, value: Any) -> None:
-    """`value` as an indented JSON file, whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    """`value` as an indented JSON file, whole or not at all; a number that JSON does not have becomes null."""
+    write_bytes(
+        path, (json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    )
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every number that JSON does not have (the loss of a skipped step)."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def upload_dir(local: Path, path: str) -> None:
