@@ -134,7 +134,10 @@ class Generator:
 
     def _render(self, conversation: Messages) -> str:
         if not self.tokenizer.chat_template:  # trained on raw text: what is asked is simply continued
-            return "".join(str(message["content"]) for message in conversation)
+            # Training put the same token in front.
+            return (self.tokenizer.bos_token or "") + "".join(
+                str(message["content"]) for message in conversation
+            )
         try:
             return str(
                 self.tokenizer.apply_chat_template(

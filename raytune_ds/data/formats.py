@@ -27,7 +27,7 @@ _KEYS: dict[str, tuple[frozenset[str], ...]] = {
     "text": (frozenset({"text"}),),
 }
 # kinds of rows that `detect` knows and no objective trains on yet: support for one begins here
-_NOT_DEMONSTRATIONS = {
+_FOR_NO_OBJECTIVE = {
     "preference": "preference rows (a chosen and a rejected answer each)",
     "kto": "KTO rows (an answer and whether it is desirable each)",
 }
@@ -78,10 +78,11 @@ def detect(rows: Sequence[dict[str, Any]]) -> str:
     if not votes:
         raise RowError(_unknown_format(rows))
     winner = votes.most_common(1)[0][0]
-    if winner in _NOT_DEMONSTRATIONS:
+    if winner in _FOR_NO_OBJECTIVE:
         raise RowError(
-            f"these are {_NOT_DEMONSTRATIONS[winner]}; the objective sft trains on demonstrations: a prompt"
-            " and the one answer to learn. To train on one of their columns all the same, name its format"
+            f"these are {_FOR_NO_OBJECTIVE[winner]}; the objective sft trains on demonstrations (a prompt and the"
+            " one answer to learn), pretrain on raw text. To train on one of their columns all the same, name its"
+            " format"
         )
     return winner
 

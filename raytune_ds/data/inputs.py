@@ -14,12 +14,14 @@ import xxhash
 
 from raytune_ds import hub, storage
 from raytune_ds.config import DataConfig, SourceConfig
-from raytune_ds.data.formats import Example, RowError, detect, to_example
+from raytune_ds.data.formats import FORMATS, Example, RowError, detect, to_example
 from raytune_ds.data.readers import Row, read_rows
 from raytune_ds.data.sources import SourceFile, expand
 from raytune_ds.errors import UserError
 
 ROWS_FOR_DETECTION = 100
+TRAINS_ON: dict[str, tuple[str, ...]] = {"sft": FORMATS, "pretrain": ("text",)}
+"""By `objective.kind`: the formats of the rows it takes."""
 # Guesses, on the safe side: they only decide how many buckets the preparation makes.
 COMPRESSION = 6
 HUB_TEXT_BYTES = 2 << 30
@@ -65,6 +67,25 @@ class Inputs:
                 row_format = _format_of(source, files[0])
                 items += [Input(file, row_format, held_out, source.path) for file in files]
         return Inputs(tuple(items))
+
+    def require_formats_of(self, objective: str) -> None:
+        """Whether the objective takes these rows; `objective` is a key of TRAINS_ON.
+
+        Raises:
+            UserError: it does not take those of a source.
+        """
+        refused = [item for item in self.items if item.format not in TRAINS_ON[objective]]
+        if not refused:
+            return
+        named = dict.fromkeys(
+            f"data.{'eval.' * item.held_out}sources: {item.source} has {item.format} rows" for item in refused
+        )
+        raise UserError(
+            f"objective.kind = {objective} trains on {' and '.join(TRAINS_ON[objective])} rows only.\n"
+            + "\n".join(named)
+            + "\nTo train on the answers, set objective.kind=sft. For raw text name .txt files, or rows with a 'text' "
+            f"column; where these have other columns too, write {{path: {refused[0].source}, format: text}}."
+        )
 
     def summary(self) -> list[str]:
         """A line a source."""

@@ -38,14 +38,17 @@ def prepare(config: Config, inputs: Inputs, tokenizer: TokenizerSpec, path: str)
     """Finds the store of `config` below `path`, or makes it.
 
     Args:
-        config: its data section and seed decide the content.
+        config: its data section and seed decide the content; the objective says which rows it takes, but rows that
+            two objectives take become the same tokens and weights, so it is no part of the fingerprint.
         inputs: of that section.
         tokenizer: of the model.
         path: the folder of all stores.
 
     Raises:
-        UserError: a source can't be read, a row is bad and `data.on_bad_row` is fail, nothing is left to train on.
+        UserError: a source can't be read, the objective does not take its rows, a row is bad and `data.on_bad_row`
+            is fail, nothing is left to train on.
     """
+    inputs.require_formats_of(config.objective.kind)
     if inputs.has_conversations:
         _require_chat_template(tokenizer)
     fingerprint = _fingerprint(config, inputs, tokenizer)
@@ -102,6 +105,7 @@ def _run(job: Job, config: Config, fingerprint: str) -> Manifest:
         rejected_reasons=dict(Counter(row["reason"] for row in rejected).most_common(20)),
         num_truncated=tally.num_truncated,
         num_dropped_long=tally.num_dropped_long,
+        num_split=tally.num_split,
         length_histogram=dict(tally.lengths),
         seconds=round(time.monotonic() - started, 3),
         peak_memory_mib=round(tally.peak_memory_mib, 1),
@@ -233,6 +237,8 @@ def _summary(manifest: Manifest) -> str:
         parts.append(f"{manifest.num_truncated:,} truncated")
     if manifest.num_dropped_long:
         parts.append(f"{manifest.num_dropped_long:,} dropped as too long")
+    if manifest.num_split:
+        parts.append(f"{manifest.num_split:,} long texts split")
     if manifest.num_rejected:
         parts.append(f"{manifest.num_rejected:,} bad rows skipped")
     return ", ".join(parts)

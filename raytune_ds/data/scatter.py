@@ -64,6 +64,7 @@ class Tally:
     num_bytes: int = 0
     num_truncated: int = 0
     num_dropped_long: int = 0
+    num_split: int = 0
     num_docs: int = 0
     lowest_eval_key: int = (1 << 64) - 1
     lengths: Counter[str] = field(default_factory=Counter)
@@ -76,6 +77,7 @@ class Tally:
         self.num_bytes += other.num_bytes
         self.num_truncated += other.num_truncated
         self.num_dropped_long += other.num_dropped_long
+        self.num_split += other.num_split
         self.num_docs += other.num_docs
         self.lowest_eval_key = min(self.lowest_eval_key, other.lowest_eval_key)
         self.lengths.update(other.lengths)
@@ -179,6 +181,7 @@ def _fit(sequences: list[Encoded], job: Job, tally: Tally, raw_text: bool) -> li
                 for start in starts
             ]
             fitting += [piece for piece in pieces if piece.num_supervised]
+            tally.num_split += 1
         elif len(sequence.ids) > longest:
             cut = Encoded(sequence.ids[:longest], sequence.weights[:longest])
             if job.on_long_row == "truncate" and cut.num_supervised:

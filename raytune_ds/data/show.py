@@ -8,11 +8,13 @@ import numpy as np
 
 from raytune_ds.console import human_count, out, say, table
 from raytune_ds.data.order import Place
-from raytune_ds.data.store import Split, Store, file_and_row
+from raytune_ds.data.store import Manifest, Split, Store, file_and_row
 from raytune_ds.data.template import Encoded, coloured, marked
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 
 BAR = 40
+TEXT_ENDS = 120
+"""Tokens of a raw text that are shown from its beginning, and as many from its end."""
 
 
 def show(store: Store, tokenizer: TokenizerSpec, num_examples: int) -> None:
@@ -23,15 +25,23 @@ def show(store: Store, tokenizer: TokenizerSpec, num_examples: int) -> None:
         ["split", "documents", "packs", "tokens", "supervised", "packs full"],
         [_split_row(name, store.split(name), manifest.seq_len) for name in ("train", "eval")],
     )
-    say(
-        f"rows read {manifest.num_rows:,}, bad rows skipped {manifest.num_rejected:,}, "
-        f"truncated to {manifest.seq_len} tokens {_share(manifest.num_truncated, manifest.num_rows)}, "
-        f"dropped as too long {_share(manifest.num_dropped_long, manifest.num_rows)}"
-    )
+    say(", ".join(_fates(manifest)))
     for reason, count in manifest.rejected_reasons.items():
         say(f"  {count:,} x {reason}")
-    _histogram({int(k): v for k, v in manifest.length_histogram.items()})
+    _histogram({int(k): v for k, v in manifest.length_histogram.items()}, manifest.num_split > 0)
     _examples(store, tokenizer, num_examples)
+
+
+def _fates(manifest: Manifest) -> list[str]:
+    """What became of the rows, as far as it can have happened to rows of their formats."""
+    rows, formats = manifest.num_rows, set(manifest.formats.values())
+    fates = [f"rows read {rows:,}", f"bad rows skipped {manifest.num_rejected:,}"]
+    if formats - {"text"}:
+        fates.append(f"truncated to {manifest.seq_len} tokens {_share(manifest.num_truncated, rows)}")
+        fates.append(f"dropped as too long {_share(manifest.num_dropped_long, rows)}")
+    if "text" in formats:
+        fates.append(f"split into documents of {manifest.seq_len} tokens {_share(manifest.num_split, rows)}")
+    return fates
 
 
 def _split_row(name: str, split: Split, seq_len: int) -> tuple[object, ...]:
@@ -54,8 +64,8 @@ def _share(part: int, whole: int) -> str:
     return f"{part:,} ({_percent(part, whole)})"
 
 
-def _histogram(bins: dict[int, int]) -> None:
-    say("\ntokens a document", style="bold")
+def _histogram(bins: dict[int, int], split: bool) -> None:
+    say(f"\ntokens a document{', before it is split' * split}", style="bold")
     most = max(bins.values(), default=1)
     for upper in sorted(bins):
         bar = "█" * max(1, round(BAR * bins[upper] / most))
@@ -68,8 +78,23 @@ def _examples(store: Store, tokenizer: TokenizerSpec, number: int) -> None:
     say(f"\nexamples: what is trained on is {how}", style="bold")
     for doc, encoded in _documents(store, number):
         file, row = file_and_row(doc)
-        say(f"\n{store.manifest.files[file]}, row {row + 1}", style="underline")
-        out.print(coloured(encoded, loaded) if out.is_terminal else marked(encoded, loaded), markup=False)
+        path = store.manifest.files[file]
+        say(f"\n{path}, row {row + 1}", style="underline")
+        for part in _parts(encoded) if store.manifest.formats[path] == "text" else [encoded]:
+            if isinstance(part, int):
+                say(f"... {part:,} more tokens, all trained on ...", style="dim")
+            else:
+                out.print(coloured(part, loaded) if out.is_terminal else marked(part, loaded), markup=False)
+
+
+def _parts(text: Encoded) -> list[Encoded | int]:
+    """A long raw text without its middle, where nothing is to be seen: beginning, number of tokens left out, end."""
+    left_out = len(text.ids) - 2 * TEXT_ENDS
+    if left_out <= 0:
+        return [text]
+    ends = (slice(None, TEXT_ENDS), slice(-TEXT_ENDS, None))
+    begin, end = (Encoded(text.ids[part], text.weights[part]) for part in ends)
+    return [begin, left_out, end]
 
 
 def _documents(store: Store, number: int) -> Iterator[tuple[int, Encoded]]:

@@ -26,7 +26,7 @@ from raytune_ds import storage
 from raytune_ds.data.order import Order, Place
 from raytune_ds.storage import open_filesystem
 
-VERSION = 1
+VERSION = 2
 ROW_GROUP = 32
 SPLITS = ("train", "eval")
 
@@ -90,6 +90,7 @@ class Manifest:
     length_histogram: dict[str, int]
     seconds: float
     peak_memory_mib: float
+    num_split: int = 0
     row_group: int = ROW_GROUP
     version: int = VERSION
 

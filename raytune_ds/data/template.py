@@ -67,10 +67,17 @@ class Encoder:
         return sequences
 
     def _encode_text(self, text: str) -> Encoded:
-        # Raw text has no template, so the tokenizer adds its own BOS, if it has the habit.
+        """One document, BOS and EOS around it as far as the tokenizer has them: every token is trained on.
+
+        Whether a tokenizer adds BOS by itself says little: transformers 5 ignores `add_bos_token` in the presence of a
+        tokenizer.json. A model that has one has seen it in front of everything.
+        """
         ids = list(self.tokenizer(text, verbose=False)["input_ids"])
-        if self.tokenizer.eos_token_id is not None and ids[-1:] != [self.tokenizer.eos_token_id]:
-            ids.append(self.tokenizer.eos_token_id)
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is not None and ids[:1] != [bos]:
+            ids.insert(0, bos)
+        if eos is not None and ids[-1:] != [eos]:
+            ids.append(eos)
         return Encoded(ids, [1.0] * len(ids))
 
     def _turns(self, example: Example) -> Iterator[tuple[str, str]]:

@@ -12,5 +12,5 @@ from raytune_ds.objectives.sft import sft
 
 Objective = Callable[[nn.Module, Batch], torch.Tensor]
 
-OBJECTIVES: dict[str, Objective] = {"sft": sft}
+OBJECTIVES: dict[str, Objective] = {"sft": sft, "pretrain": sft}
 """By `objective.kind`: each gives the sum of the weighted losses of a batch, a scalar to run backward from."""

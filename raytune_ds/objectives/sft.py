@@ -1,4 +1,7 @@
-"""Supervised fine-tuning: the weighted cross-entropy of the supervised tokens."""
+"""Supervised fine-tuning and continued pretraining: the weighted cross-entropy of the supervised tokens.
+
+One function for both: they differ in the rows they take (data/inputs.py). Of raw text every token is supervised.
+"""
 
 from __future__ import annotations
 

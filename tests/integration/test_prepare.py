@@ -154,6 +154,7 @@ def test_long_rows_are_cut_dropped_or_split(tmp_path: Path, tiny: Path) -> None:
         tmp_path, tiny, f"data.sources={text}", "data.seq_len=64", "data.eval.fraction=0"
     ).manifest
     assert split.num_truncated == split.num_dropped_long == 0
+    assert (split.num_split, cut.num_split) == (1, 0)
     assert split.train.num_supervised == split.train.num_tokens > 300
 
 
@@ -175,4 +176,24 @@ def test_conversations_need_a_chat_template(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(UserError, match=r"no chat template[\s\S]*data\.chat_template"):
         _prepare(tmp_path, model, f"data.sources={data}")
     (tmp_path / "raw.txt").write_text("some text\nand more\n")
-    assert _prepare(tmp_path, model, f"data.sources={tmp_path / 'raw.txt'}").manifest.train.num_packs == 1
+    for objective in ("sft", "pretrain"):
+        store = _prepare(
+            tmp_path, model, f"data.sources={tmp_path / 'raw.txt'}", f"objective.kind={objective}"
+        )
+        assert store.manifest.train.num_packs == 1
+
+
+def test_pretrain_takes_raw_text_only_and_shares_its_store_with_sft(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same tokens and weights, so nothing is prepared twice; what is not raw text is refused before that."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [row | {"text": "a text"} for row in _rows(5)])
+    with pytest.raises(UserError, match=r"pretrain[\s\S]*rows\.jsonl has alpaca rows"):
+        _prepare(tmp_path, tiny, f"data.sources={rows}", "objective.kind=pretrain")
+    assert not (tmp_path / ".prepared").exists()
+    sources = f"data.sources={{path: {rows}, format: text}}"
+    pretrain = _prepare(tmp_path, tiny, sources, "objective.kind=pretrain")
+    assert pretrain.manifest.train.num_supervised == pretrain.manifest.train.num_tokens
+    capsys.readouterr()
+    assert _prepare(tmp_path, tiny, sources, "objective.kind=sft").path == pretrain.path
+    assert "prepared before" in capsys.readouterr().out

@@ -289,13 +289,15 @@ def test_detect_goes_with_most_rows():
     ],
 )
 def test_preference_rows_are_told_so(row):
-    with pytest.raises(RowError, match=r"preference rows .*sft trains on demonstrations"):
+    with pytest.raises(
+        RowError, match=r"preference rows .*sft trains on demonstrations .*pretrain on raw text"
+    ):
         detect([row])
 
 
 @pytest.mark.parametrize("key", ["messages", "conversations", "prompt"])
 def test_kto_rows_are_told_so(key):
-    with pytest.raises(RowError, match=r"KTO rows .*sft trains on demonstrations"):
+    with pytest.raises(RowError, match=r"KTO rows .*sft trains on demonstrations .*pretrain on raw text"):
         detect([{key: [], "completion": "a", "label": False}])
 
 

@@ -301,11 +301,25 @@ def test_every_token_is_one_that_the_model_knows(tiny_models: dict[str, Path]) -
 # ---- the rest -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["Plain text.", "中文 and 3.14", "ends itself" + EOS])
-def test_raw_text_is_all_supervised_and_ends_in_eos(tiny_tokenizer: Any, text: str) -> None:
+@pytest.mark.parametrize("text", ["Plain text.", "中文 and 3.14", "ends itself" + EOS, BOS + "begins itself"])
+def test_raw_text_is_all_supervised_between_one_bos_and_one_eos(tiny_tokenizer: Any, text: str) -> None:
     (sequence,) = Encoder(tiny_tokenizer).encode(Example(text=text))
     assert sequence.weights == [1.0] * len(sequence.ids)
-    assert tiny_tokenizer.decode(sequence.ids) == text.removesuffix(EOS) + EOS
+    assert tiny_tokenizer.decode(sequence.ids) == BOS + text.removeprefix(BOS).removesuffix(EOS) + EOS
+
+
+def test_raw_text_gets_no_bos_or_eos_that_the_tokenizer_has_not(tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    (sequence,) = Encoder(tokenizer).encode(Example(text="Plain text."))
+    assert tokenizer.decode(sequence.ids) == "Plain text."
+
+
+def test_raw_text_needs_no_chat_template(tiny_tokenizer: Any) -> None:
+    base = copy.deepcopy(tiny_tokenizer)
+    base.chat_template = None
+    text = Example(text="Plain text.")
+    assert Encoder(base).encode(text) == Encoder(tiny_tokenizer).encode(text)
 
 
 def test_the_first_token_is_never_a_target() -> None:

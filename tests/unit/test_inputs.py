@@ -1,0 +1,74 @@
+"""Which rows an objective takes, and what is said of those that it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from raytune_ds.config import DataConfig, ObjectiveConfig, SourceConfig
+from raytune_ds.data.formats import FORMATS
+from raytune_ds.data.inputs import TRAINS_ON, Inputs
+from raytune_ds.errors import UserError
+from tests.helpers import write_jsonl
+
+ALPACA = {"instruction": "question", "output": "answer"}
+CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+
+
+def find(*sources: Path | dict[str, str], held_out: Path | None = None) -> Inputs:
+    given = [source if isinstance(source, dict) else {"path": str(source)} for source in sources]
+    evaluation = {"eval": {"sources": str(held_out)}} if held_out else {}
+    return Inputs.find(DataConfig.model_validate({"sources": given, **evaluation}))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "raw.txt"
+    path.write_text("some text\n")
+    return path
+
+
+def test_every_objective_takes_formats_that_there_are() -> None:
+    assert set(TRAINS_ON) == set(get_args(ObjectiveConfig.model_fields["kind"].annotation))
+    given = set(get_args(SourceConfig.model_fields["format"].annotation)) - {"auto"}
+    assert given == set(FORMATS)
+    assert all(set(taken) <= given for taken in TRAINS_ON.values())
+
+
+def test_sft_takes_anything(tmp_path: Path, text: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [ALPACA])
+    find(rows, text).require_formats_of("sft")
+
+
+def test_pretrain_takes_raw_text_from_any_file(tmp_path: Path, text: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "some", "url": "x"}])
+    both = write_jsonl(tmp_path / "both.jsonl", [{"text": "some", **ALPACA}])
+    inputs = find(text, rows, {"path": str(both), "format": "text"}, held_out=text)
+    inputs.require_formats_of("pretrain")
+    assert not inputs.has_conversations  # so that no chat template is asked for
+
+
+def test_pretrain_names_each_source_that_is_not_raw_text_and_what_to_do(tmp_path: Path, text: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in "ab":
+        write_jsonl(folder / f"{name}.jsonl", [ALPACA | {"text": "some"}])
+    chats = write_jsonl(tmp_path / "chats.jsonl", [CHAT])
+    with pytest.raises(UserError) as caught:
+        find(text, folder, held_out=chats).require_formats_of("pretrain")
+    told = str(caught.value)
+    assert told.splitlines()[1:3] == [
+        f"data.sources: {folder} has alpaca rows",
+        f"data.eval.sources: {chats} has messages rows",
+    ]
+    assert "raw.txt" not in told
+    assert "objective.kind=sft" in told
+    assert f"{{path: {folder}, format: text}}" in told
+
+
+def test_a_format_that_was_given_is_refused_too(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [ALPACA])
+    with pytest.raises(UserError, match="has alpaca rows"):
+        find({"path": str(rows), "format": "alpaca"}).require_formats_of("pretrain")

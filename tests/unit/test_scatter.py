@@ -1,0 +1,72 @@
+"""Raw text on its way into the store, one block of it and without Ray: every token a target once, nothing cut away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raytune_ds.config import DataConfig
+from raytune_ds.data.formats import Example
+from raytune_ds.data.inputs import Inputs
+from raytune_ds.data.scatter import Job, Tally, bucket_dir, encode_block, read_blocks
+from raytune_ds.data.store import read_table
+from raytune_ds.data.template import Encoder
+from raytune_ds.data.tokenizer import TokenizerSpec
+from tests.helpers import write_jsonl
+
+SEQ_LEN = 8
+
+
+def encode(data: Path, model: Path, on_long_row: str) -> tuple[Tally, pa.Table]:
+    """One file's rows through one task: what became of them, and the sequences in order."""
+    job = Job(
+        inputs=Inputs.find(DataConfig.model_validate({"sources": str(data)})).items,
+        text_bytes=0,
+        tokenizer=TokenizerSpec(str(model)),
+        seq_len=SEQ_LEN,
+        on_long_row=on_long_row,
+        seed=0,
+        eval_fraction=0.0,
+        num_buckets=1,
+        scratch=str(data.parent / f"scratch-{on_long_row}"),
+        target="",
+    )
+    (block,) = read_blocks({"input": np.array([0])}, job)
+    (tally,) = encode_block(pa.table(block), job)["tally"]
+    (part,) = Path(bucket_dir(job, 0)).iterdir()
+    return tally, read_table(str(part)).sort_by([("doc", "ascending"), ("piece", "ascending")])
+
+
+@pytest.mark.parametrize("on_long_row", ["truncate", "drop"])
+def test_every_token_of_a_text_is_a_target_once(
+    tmp_path: Path, tiny_models: dict[str, Path], tiny_tokenizer: Any, on_long_row: str
+) -> None:
+    """The pieces of a text, one token over the other, are the text again; whatever becomes of long conversations."""
+    texts = ["word" + " 1" * count for count in range(3 * SEQ_LEN)]
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    tally, table = encode(data, tiny_models["qwen2"], on_long_row)
+    whole = [Encoder(tiny_tokenizer).encode(Example(text=text))[0].ids for text in texts]
+    joined: dict[int, list[int]] = {}
+    for piece in table.to_pylist():
+        assert piece["weights"] == [1.0] * len(piece["ids"])
+        assert 2 <= len(piece["ids"]) <= SEQ_LEN + 1
+        before = joined.setdefault(piece["doc"], piece["ids"][:1])
+        assert (
+            before[-1] == piece["ids"][0]
+        )  # the token that the piece before it ends with is what it begins with
+        before += piece["ids"][1:]
+    assert list(joined.values()) == whole
+    long = sum(len(ids) > SEQ_LEN + 1 for ids in whole)
+    assert 0 < long < len(texts)
+    assert (tally.num_split, tally.num_truncated, tally.num_dropped_long) == (long, 0, 0)
+    assert (tally.num_docs, tally.rejected) == (table.num_rows, [])
+
+
+def test_split_texts_are_counted_over_all_blocks() -> None:
+    total = Tally(num_split=2)
+    total.add(Tally(num_split=3))
+    assert total.num_split == 5

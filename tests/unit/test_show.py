@@ -1,0 +1,83 @@
+"""What `raytune-ds data` prints of a store: raw text and conversations each as it makes sense for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from raytune_ds.data.show import TEXT_ENDS, show
+from raytune_ds.data.store import Manifest, Split, Store, doc_id, pack_documents, write_table
+from raytune_ds.data.tokenizer import TokenizerSpec
+
+SEQ_LEN = 400
+
+
+def shown(folder: Path, model: Path, ids: list[int], format: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The output for a store of one document, which the first two tokens of are context."""
+    columns: dict[str, Any] = {
+        "ids": [ids],
+        "weights": [[0.0] * 2 + [1.0] * (len(ids) - 2)],
+        "doc": [doc_id(0, 6)],
+    }
+    schema = pa.schema({"ids": pa.list_(pa.int32()), "weights": pa.list_(pa.float32()), "doc": pa.int64()})
+    write_table(pack_documents([[0]], pa.table(columns, schema=schema)), f"{folder}/train-last.parquet")
+    train = Split((("train-last.parquet", 1),), 1, 1, len(ids) - 1, len(ids) - 2)
+    manifest = Manifest(
+        fingerprint="",
+        seq_len=SEQ_LEN,
+        train=train,
+        eval=Split(),
+        files=("rows.jsonl",),
+        formats={"rows.jsonl": format},
+        tokenizer=str(model),
+        num_rows=20,
+        num_rejected=0,
+        rejected_reasons={},
+        num_truncated=0 if format == "text" else 3,
+        num_dropped_long=0,
+        length_histogram={"512": 20},
+        seconds=1.0,
+        peak_memory_mib=1.0,
+        num_split=5 if format == "text" else 0,
+    )
+    show(Store(str(folder), manifest), TokenizerSpec(str(model)), 1)
+    return capsys.readouterr().out
+
+
+def test_raw_text(
+    tmp_path: Path, tiny_models: dict[str, Path], tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Split, not cut; of a long one the beginning and the end, as all between is trained on too."""
+    ids = tiny_tokenizer("word" + " 7" * 300)["input_ids"][:301]
+    told = shown(tmp_path, tiny_models["qwen2"], ids, "text", capsys)
+    assert f"split into documents of {SEQ_LEN} tokens 5 (25.0%)" in told
+    assert "truncated" not in told
+    assert "dropped" not in told
+    assert "tokens a document, before it is split" in told
+    assert "rows.jsonl, row 7" in told
+    *_, begin, middle, end = told.splitlines()
+    assert middle == f"... {301 - 2 * TEXT_ENDS} more tokens, all trained on ..."
+    assert begin == tiny_tokenizer.decode(ids[:2]) + f"«{tiny_tokenizer.decode(ids[2:TEXT_ENDS])}»"
+    assert end == f"«{tiny_tokenizer.decode(ids[-TEXT_ENDS:])}»"
+
+
+def test_a_short_raw_text_is_shown_whole(
+    tmp_path: Path, tiny_models: dict[str, Path], tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = tiny_tokenizer("7" * 2 * TEXT_ENDS)["input_ids"]
+    assert len(ids) == 2 * TEXT_ENDS
+    told = shown(tmp_path, tiny_models["qwen2"], ids, "text", capsys)
+    assert told.splitlines()[-1].replace("«", "").replace("»", "") == tiny_tokenizer.decode(ids)
+
+
+def test_a_conversation_is_shown_whole(
+    tmp_path: Path, tiny_models: dict[str, Path], tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = tiny_tokenizer("7" * 300)["input_ids"]
+    told = shown(tmp_path, tiny_models["qwen2"], ids, "alpaca", capsys)
+    assert f"truncated to {SEQ_LEN} tokens 3 (15.0%), dropped as too long 0 (0.0%)" in told
+    assert "split" not in told.partition("examples")[0].replace("split ", "", 1)
+    assert told.splitlines()[-1] == "77«" + "7" * 298 + "»"
