@@ -7,7 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -130,10 +132,13 @@ def linear_names(model: PreTrainedModel) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
 
 
-def apply(model: PreTrainedModel, config: AdapterConfig) -> nn.Module:
+def apply(model: PreTrainedModel, config: AdapterConfig, trained_dtype: torch.dtype) -> nn.Module:
     """The model made ready: with an adapter around it, or with all its parameters trainable.
 
-    What is trained is float32, whatever the base model is in: small updates would otherwise be rounded away.
+    Args:
+        model: without weights; those of the adapter are real afterwards.
+        config: what is trained.
+        trained_dtype: of what is trained, whatever the base model is in.
 
     Raises:
         UserError: a target matches nothing.
@@ -141,25 +146,39 @@ def apply(model: PreTrainedModel, config: AdapterConfig) -> nn.Module:
     ready = model.requires_grad_(True) if config.kind == "none" else _with_adapter(model, config)
     for parameter in ready.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(trained_dtype)
     return ready
 
 
 def _with_adapter(model: PreTrainedModel, config: AdapterConfig) -> nn.Module:
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     resolved = resolve_targets(model, config)
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=config.r,
-            lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft computes alpha / r; it need not be whole
-            lora_dropout=config.dropout,
-            bias=config.bias,
-            target_modules=_for_peft(config.targets, resolved),
-            task_type="CAUSAL_LM",
-        ),
+    lora = LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft computes alpha / r; it need not be whole
+        lora_dropout=config.dropout,
+        bias=config.bias,
+        target_modules=_for_peft(config.targets, resolved),
+        task_type="CAUSAL_LM",
     )
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is drawn again below
+        ready = get_peft_model(model, lora)
+    for module in ready.modules():
+        if isinstance(module, LoraLayer):
+            _give_weights(module, ready.active_adapter)
+    return ready
+
+
+def _give_weights(layer: Any, adapter: str) -> None:
+    """Initial weights for an adapter that peft, finding a layer without weights, has put on the meta device too.
+
+    Random numbers are drawn as peft draws them for a layer with weights: a seed gives the same adapter either way.
+    """
+    for part in (layer.lora_A[adapter], layer.lora_B[adapter]):
+        part.to_empty(device="cpu").reset_parameters()
+    layer.reset_lora_parameters(adapter, init_lora_weights=True)
 
 
 def report(model: PreTrainedModel, config: AdapterConfig) -> AdapterReport:

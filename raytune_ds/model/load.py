@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from raytune_ds import hub
 from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
-from raytune_ds.model import attention
+from raytune_ds.model import attention, weights
 
 # What packed attention and `PackedLM` leave out; no DeepSeek model has any of it.
 UNSUPPORTED = (
@@ -89,17 +91,6 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         raise UserError(f"model.name = {config.name}: can't be loaded: {_first_line(error)}") from error
 
 
-def load_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model with packed attention, on `device`.
-
-    Raises:
-        UserError: it can't be loaded.
-    """
-    return _from_pretrained(
-        config, dtype=dtype, attn_implementation=_packed_attention(config), device_map={"": device}
-    )
-
-
 def load_for_generation(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model with attention that has a key/value cache, on `device`.
 
@@ -109,11 +100,15 @@ def load_for_generation(config: ModelConfig, dtype: torch.dtype, device: torch.d
     return _from_pretrained(config, dtype=dtype, attn_implementation="sdpa", device_map={"": device}).eval()
 
 
-def skeleton(config: ModelConfig) -> PreTrainedModel:
-    """The model's modules and shapes without any weights.
+def skeleton(config: ModelConfig, attention: str = "sdpa") -> PreTrainedModel:
+    """The model without weights: parameters have shapes only (on the meta device, float32), buffers are real.
+
+    Args:
+        config: names it.
+        attention: the implementation it is built with.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or it can't be trained.
     """
     model_config = load_config(config)
     if unsupported := [name for name in UNSUPPORTED if getattr(model_config, name, None)]:
@@ -121,16 +116,47 @@ def skeleton(config: ModelConfig) -> PreTrainedModel:
             f"model.name = {config.name}: its {', '.join(unsupported)} would be lost in training on packs; "
             "models that need it are not supported."
         )
+    _forget_quantization(config, model_config)
     try:
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                model_config, trust_remote_code=config.trust_remote_code
+                model_config,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                trust_remote_code=config.trust_remote_code,
             )
     except ValueError as error:
         raise UserError(
             f"model.name = {config.name}: no causal language model: {_first_line(error)}"
         ) from error
+    model.tie_weights()  # parameters on the meta device are new objects, each a single one
     return model
+
+
+def hold_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Declares the parameters of a skeleton to be of `dtype`, but for those that the architecture keeps in float32."""
+    kept = tuple(model._keep_in_fp32_modules_strict or ())
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _forget_quantization(config: ModelConfig, model_config: PretrainedConfig) -> None:
+    """Weights are scaled back from FP8 as they are read, so the model is a plain one from here on.
+
+    Raises:
+        UserError: it is quantized in another way.
+    """
+    quantization = getattr(model_config, "quantization_config", None)
+    if quantization is None:
+        return
+    if not weights.is_block_fp8(quantization):
+        raise UserError(
+            f"model.name = {config.name}: its weights are quantized ({quantization.get('quant_method')}), and only "
+            "block-wise FP8, as DeepSeek publishes, can be trained on. Choose the model that it was made from."
+        )
+    model_config.fp8_block_size = quantization["weight_block_size"]
+    del model_config.quantization_config
 
 
 def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -157,7 +183,8 @@ def _from_pretrained(config: ModelConfig, **how: Any) -> PreTrainedModel:
     return model
 
 
-def _packed_attention(config: ModelConfig) -> str:
+def packed_attention(config: ModelConfig) -> str:
+    """The name to build a model with that runs on packs, as `model.attention` says."""
     attention.choose(config.attention)
     return attention.register()
 

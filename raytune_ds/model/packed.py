@@ -20,29 +20,35 @@ LOGITS_CHUNK = 1024
 class PackedLM(nn.Module):
     """A causal language model that runs on packs and makes logits only where they are trained on."""
 
-    def __init__(self, model: nn.Module, decoder: nn.Module, head: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, decoder: nn.Module, head: nn.Module, dtype: torch.dtype, autocast: bool = True
+    ) -> None:
         """Wraps `model`.
 
         Args:
             model: what is trained and saved: a Hugging Face model, or a peft model around one.
             decoder: its part from token ids to the last hidden state.
             head: its part from there to logits.
-            dtype: what is computed in; parameters may be held in float32 all the same.
+            dtype: what is computed in.
+            autocast: parameters may be held in float32 all the same.
         """
         super().__init__()
         self.model = model
-        # In a tuple, so that the parameters have one name each: the one under `model`.
-        self._parts = (decoder, head)
-        self._dtype = dtype
+        # Parts of `model` are kept in tuples, so that their parameters have one name each: the one under `model`.
+        self._decoder = (decoder,)
+        assert isinstance(head, nn.Linear)
+        self.losses = TokenLosses(head)
+        self.dtype = dtype
+        self._autocast = autocast and dtype != torch.float32
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The negative log-likelihood in nats of each target whose weight is not zero: float32 [N]."""
         device = batch.ids_BT.device.type
-        with torch.autocast(device, self._dtype, enabled=self._dtype != torch.float32):
+        with torch.autocast(device, self.dtype, enabled=self._autocast):
             return self._losses(batch)
 
     def _losses(self, batch: Batch) -> torch.Tensor:
-        decoder, head = self._parts
+        (decoder,) = self._decoder
         hidden_BTE = decoder(
             input_ids=batch.ids_BT,
             position_ids=batch.positions_BT,
@@ -53,16 +59,30 @@ class PackedLM(nn.Module):
             max_length_k=batch.max_segment,
         ).last_hidden_state
         supervised_BT = batch.weights_BT != 0
-        return token_losses(hidden_BTE[supervised_BT], batch.targets_BT[supervised_BT], head)
+        return self.losses(hidden_BTE[supervised_BT], batch.targets_BT[supervised_BT])
 
 
-def token_losses(hidden_NE: torch.Tensor, targets_N: torch.Tensor, head: nn.Module) -> torch.Tensor:
-    """The negative log-likelihood of each target, its logits never all in memory at once: float32 [N]."""
+class TokenLosses(nn.Module):
+    """From the last hidden states to losses; the logits are never all in memory at once.
 
-    def chunk_losses(hidden_CE: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(head(hidden_CE).float(), targets_C, reduction="none")
+    A module of its own, which takes the head's weight once: an engine that gathers parameters when a module is called
+    would gather it chunk by chunk, and ranks with unequal numbers of chunks would wait for each other for ever.
+    """
 
-    if len(targets_N) <= LOGITS_CHUNK:
-        return chunk_losses(hidden_NE, targets_N)
-    chunks = zip(hidden_NE.split(LOGITS_CHUNK), targets_N.split(LOGITS_CHUNK), strict=True)
-    return torch.cat([checkpoint(chunk_losses, h, t, use_reentrant=False) for h, t in chunks])
+    def __init__(self, head: nn.Linear) -> None:
+        """`head` is the linear layer from hidden states to logits."""
+        super().__init__()
+        self._head = (head,)
+
+    def forward(self, hidden_NE: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """The negative log-likelihood of each target in nats: float32 [N]."""
+        (head,) = self._head
+        weight, bias = head.weight, head.bias
+
+        def chunk_losses(hidden_CE: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(F.linear(hidden_CE, weight, bias).float(), targets_C, reduction="none")
+
+        if len(targets_N) <= LOGITS_CHUNK:
+            return chunk_losses(hidden_NE, targets_N)
+        chunks = zip(hidden_NE.split(LOGITS_CHUNK), targets_N.split(LOGITS_CHUNK), strict=True)
+        return torch.cat([checkpoint(chunk_losses, h, t, use_reentrant=False) for h, t in chunks])

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers.core_model_loading import revert_weight_conversion
 
 VOCABULARY = 4096
 CONTEXT = 4096
@@ -160,7 +162,16 @@ def build(architecture: str, texts: Callable[[], Iterable[str]], seed: int, targ
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     scratch.chmod(0o755)  # mkdtemp lets nobody else in
-    model.save_pretrained(scratch)
+    # Not save_pretrained, which imports DeepSpeed, if it is installed, to see whether the model is one of its own.
+    entries = revert_weight_conversion(model, model.state_dict())
+    save_file(
+        {k: v.clone(memory_format=torch.contiguous_format) for k, v in entries.items()},
+        scratch / "model.safetensors",
+        {"format": "pt"},
+    )
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    model.config.save_pretrained(scratch)
+    model.generation_config.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     try:
         scratch.rename(target)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from raytune_ds.config import AdapterConfig, ModelConfig
 from raytune_ds.errors import UserError
 from raytune_ds.model import adapters, tiny
-from raytune_ds.model.load import load_model, skeleton
+from raytune_ds.model.load import skeleton
 
 MLA = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 AUTO = {
@@ -121,42 +121,33 @@ def test_the_report_counts_what_peft_trains(architecture: str, bias: str) -> Non
     assert any(name.endswith("bias") for name, _ in model.named_parameters())
     settings = config(bias=bias)
     report = adapters.report(model, settings)
-    parameters = list(adapters.apply(model, settings).parameters())
+    parameters = list(adapters.apply(model, settings, torch.float32).parameters())
     assert report.trainable == sum(p.numel() for p in parameters if p.requires_grad)
 
 
-@pytest.mark.parametrize(
-    "bias",
-    [
-        "none",
-        "all",
-        "lora_only",
-    ],
-)
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 def test_the_report_counts_every_parameter_once(bias: str) -> None:
     model = with_biases("qwen2")
     report = adapters.report(model, config(bias=bias))
-    assert report.total == sum(p.numel() for p in adapters.apply(model, config(bias=bias)).parameters())
+    ready = adapters.apply(model, config(bias=bias), torch.float32)
+    assert report.total == sum(p.numel() for p in ready.parameters())
 
 
-@pytest.mark.parametrize(
-    "bias",
-    [
-        "none",
-        "all",
-    ],
-)
-def test_what_is_trained_is_float32(bias: str) -> None:
-    # The gradient buffer is, and in bfloat16 small updates would be rounded away.
-    model = adapters.apply(with_biases("qwen2").to(torch.bfloat16), config(bias=bias))
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("frozen", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("trained", [torch.bfloat16, torch.float32])
+def test_what_is_trained_has_a_dtype_of_its_own(bias: str, frozen: torch.dtype, trained: torch.dtype) -> None:
+    model = adapters.apply(with_biases("qwen2").to(frozen), config(bias=bias), trained)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {trained}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {frozen}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_without_an_adapter_everything_is_trained(tiny_models: dict[str, Path], architecture: str) -> None:
     model = skeleton(ModelConfig(name=str(tiny_models[architecture]))).requires_grad_(False)
     report = adapters.report(model, config(kind="none"))
-    total = sum(p.numel() for p in adapters.apply(model, config(kind="none")).parameters() if p.requires_grad)
+    ready = adapters.apply(model, config(kind="none"), torch.float32)
+    total = sum(p.numel() for p in ready.parameters() if p.requires_grad)
     assert (report.trainable, report.total) == (total, total)
 
 
@@ -192,12 +183,11 @@ def test_peft_adapts_what_was_resolved_and_plain_peft_loads_it(
     from peft import PeftModel
 
     source = str(tiny_models[architecture])
-    base = load_model(ModelConfig(name=source, attention="sdpa"), torch.float32, torch.device("cpu"))
-    base.set_attn_implementation("sdpa")
+    base = AutoModelForCausalLM.from_pretrained(source, attn_implementation="sdpa", dtype=torch.float32)
     settings = config(bias="none")
     resolved = adapters.resolve_targets(base, settings)
     torch.manual_seed(0)
-    model: Any = adapters.apply(base, settings)
+    model: Any = adapters.apply(base, settings, torch.float32)
     adapted = {n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "lora_A")}
     assert adapted == set(resolved)
     # lora_B begins at zero, so that an adapter that was lost would not show.

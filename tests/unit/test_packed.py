@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from raytune_ds.config import ModelConfig
 from raytune_ds.data.batch import Batch, collate
-from raytune_ds.model import packed
-from raytune_ds.model.attention import packed_attention
-from raytune_ds.model.load import load_model, parts
+from raytune_ds.model import attention, load, packed
+from raytune_ds.model.load import parts
 from raytune_ds.model.packed import PackedLM
 from raytune_ds.objectives.sft import sft
 
@@ -37,9 +36,10 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def models(tiny_models: dict[str, Path]) -> dict[str, Any]:
     """Each architecture with packed attention."""
-    cpu = torch.device("cpu")
     return {
-        name: load_model(ModelConfig(name=str(path)), torch.float32, cpu).eval()
+        name: AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=load.packed_attention(ModelConfig(name=str(path)))
+        ).eval()
         for name, path in tiny_models.items()
     }
 
@@ -79,30 +79,34 @@ def some_weights() -> np.ndarray:
 
 
 class HeadLog:
-    """What goes through the output head: the logits, and how many rows at once."""
+    """What the losses are made of: the logits, and how many rows at once."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self) -> None:
         self.logits: list[torch.Tensor] = []
-        self._hook = model.get_output_embeddings().register_forward_hook(self._note)
-
-    def _note(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        self.logits.append(output.detach())
+        self._patch = pytest.MonkeyPatch()
 
     @property
     def rows(self) -> list[int]:
-        return [logits.numel() // logits.shape[-1] for logits in self.logits]
+        return [len(logits) for logits in self.logits]
 
     def __enter__(self) -> HeadLog:
+        cross_entropy = F.cross_entropy
+
+        def note(logits_NV: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            self.logits.append(logits_NV.detach())
+            return cross_entropy(logits_NV, *args, **kwargs)
+
+        self._patch.setattr(packed.F, "cross_entropy", note)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._hook.remove()
+        self._patch.undo()
 
 
 @torch.no_grad()
 def document_logits(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
     """The logits of every position that PackedLM makes, by document."""
-    with HeadLog(model) as head:
+    with HeadLog() as head:
         wrap(model)(pack(rows))
     (logits,) = head.logits
     return list(logits.split([len(row) - 1 for row in rows]))
@@ -163,7 +167,7 @@ def test_attention_by_hand(scaling: float | None) -> None:
     query, key = torch.randn(1, 4, 8, 6), torch.randn(1, 2, 8, 6)
     value = torch.randn(1, 2, 8, 5)
     segments = torch.tensor([0, 3, 4, 8], dtype=torch.int32)
-    found, _ = packed_attention(
+    found, _ = attention.packed_attention(
         nn.Module(), query, key, value, None, cu_seq_lens_q=segments, max_length_q=4, scaling=scaling
     )
     key, value = key.repeat_interleave(2, dim=1), value.repeat_interleave(2, dim=1)
@@ -191,7 +195,7 @@ def test_losses_are_the_cross_entropy_where_the_weight_is_not_zero(model: Any) -
 
 def test_logits_are_made_for_supervised_tokens_only(model: Any) -> None:
     weights = some_weights()
-    with HeadLog(model) as head, torch.no_grad():
+    with HeadLog() as head, torch.no_grad():
         wrap(model)(pack(documents(), weights))
     assert head.rows == [np.count_nonzero(weights)]
 
@@ -211,7 +215,7 @@ def test_chunks_of_logits_change_neither_loss_nor_gradient(
     batch = pack(documents(), some_weights())
     loss, whole = gradients(model, batch)
     monkeypatch.setattr(packed, "LOGITS_CHUNK", 4)
-    with HeadLog(model) as head:
+    with HeadLog() as head:
         chunked_loss, chunked = gradients(model, batch)
     assert chunked_loss == pytest.approx(loss, rel=1e-6)
     assert chunked.keys() == whole.keys()

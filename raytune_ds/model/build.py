@@ -1,0 +1,127 @@
+"""The module that is trained, without weights yet, and where each of them comes from.
+
+An engine decides which part of them lives in which process, and reads that part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from raytune_ds.config import AdapterConfig, ModelConfig
+from raytune_ds.model import adapters
+from raytune_ds.model.load import hold_in, packed_attention, parts, skeleton
+from raytune_ds.model.packed import PackedLM
+from raytune_ds.model.weights import Read, Weights, locate, open_weights
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model to train.
+
+    Attributes:
+        module: its parameters have shapes and dtypes only (those of an adapter may be real, but count for nothing);
+            its buffers are real.
+        read: the initial values of the parameters of `module`.
+        blocks: the transformer's layers, the units in which an engine may gather parameters.
+        base: the Hugging Face model inside.
+        trained: the shape of each trained parameter of `module`.
+    """
+
+    module: PackedLM
+    read: Read
+    blocks: tuple[nn.Module, ...]
+    base: PreTrainedModel
+    trained: Mapping[str, torch.Size]
+
+    @property
+    def trainable(self) -> int:
+        """Elements that are trained."""
+        return sum(shape.numel() for shape in self.trained.values())
+
+
+def build(
+    config: ModelConfig,
+    adapter: AdapterConfig,
+    seed: int,
+    dtype: torch.dtype,
+    trained_dtype: torch.dtype,
+    checkpoint_activations: bool,
+    autocast: bool = True,
+    revision: str | None = None,
+) -> Built:
+    """What a config trains.
+
+    Args:
+        config: names the model.
+        adapter: what of it is trained.
+        seed: of the adapter's initial weights, the same in every process.
+        dtype: what is computed in, and what frozen parameters are held in.
+        trained_dtype: what trained parameters are held in.
+        checkpoint_activations: recompute activations in the backward pass instead of keeping them.
+        autocast: parameters are computed with in `dtype` whatever they are held in.
+        revision: the commit of a model of the hub.
+
+    Raises:
+        UserError: the model can't be loaded, or a target matches nothing.
+    """
+    base = skeleton(config, packed_attention(config))
+    weights = open_weights(locate(config, revision), base)
+    for name, buffer in base.named_buffers():
+        if name in weights:
+            buffer.copy_(weights(name, 0, buffer.numel()).view_as(buffer))
+    hold_in(base, dtype)
+    decoder, head = parts(base)
+    names = {id(parameter): name for name, parameter in base.named_parameters()}
+    if checkpoint_activations:
+        # ZeRO-3 frees parameters once they are used, which torch's check takes for a recomputation that differs.
+        base.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "determinism_check": "none"}
+        )
+    torch.manual_seed(seed)
+    module = PackedLM(adapters.apply(base, adapter, trained_dtype), decoder, head, dtype, autocast)
+    _keep_routers_precise(base)
+    return Built(
+        module=module,
+        read=_Initial(module, names, weights),
+        blocks=_blocks(base),
+        base=base,
+        trained={name: p.shape for name, p in module.named_parameters() if p.requires_grad},
+    )
+
+
+class _Initial:
+    """What a parameter of the module begins with: the base model's weight, or the adapter's own."""
+
+    def __init__(self, module: nn.Module, names: Mapping[int, str], weights: Weights) -> None:
+        # By identity: peft renames the modules that it wraps, but keeps their parameters.
+        self._weights = weights
+        self._base = {name: names[id(p)] for name, p in module.named_parameters() if id(p) in names}
+        self._fresh = {n: p.detach().clone() for n, p in module.named_parameters() if id(p) not in names}
+
+    def __call__(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """See Read."""
+        if name in self._fresh:
+            return self._fresh[name].reshape(-1)[start:stop]
+        return self._weights(self._base[name], start, stop)
+
+
+def _keep_routers_precise(base: PreTrainedModel) -> None:
+    """Takes routers out of autocast: they ask for float32 themselves, as when served, and it would overrule them.
+
+    A router is what has a matrix of its own and is neither a linear layer nor an embedding.
+    """
+    for module in base.modules():
+        matrices = [p for p in module.parameters(recurse=False) if p.ndim == 2]
+        if matrices and not isinstance(module, nn.Linear | nn.Embedding):
+            for device in ("cpu", "cuda"):
+                module.forward = torch.autocast(device, enabled=False)(module.forward)
+
+
+def _blocks(base: PreTrainedModel) -> tuple[nn.Module, ...]:
+    kinds = set(base._no_split_modules or ())
+    return tuple(module for module in base.modules() if type(module).__name__ in kinds)
