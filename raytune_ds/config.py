@@ -211,9 +211,10 @@ class AdapterConfig(Section):
 class ObjectiveConfig(Section):
     """What the loss is."""
 
-    kind: Literal["sft"] = Field(
+    kind: Literal["sft", "pretrain"] = Field(
         default="sft",
-        description="sft: supervised fine-tuning, cross-entropy on the supervised tokens.",
+        description="sft: supervised fine-tuning, cross-entropy on the supervised tokens; pretrain: continued "
+        "pretraining on raw text, cross-entropy on every token.",
     )
 
 
@@ -455,10 +456,60 @@ class TrainConfig(Section):
 class EngineConfig(Section):
     """How parameters and optimizer state are spread over the workers."""
 
-    kind: Literal["auto", "ddp"] = Field(
+    kind: Literal["auto", "ddp", "zero", "fsdp"] = Field(
         default="auto",
-        description="ddp: every worker holds the whole model, and gradients are summed once a step. auto: ddp.",
+        description="ddp: every worker holds the whole model; zero: DeepSpeed ZeRO; fsdp: torch's fully_shard. "
+        "auto: ddp where the model and its optimizer fit into a worker's memory, otherwise fsdp, and it says why; "
+        "zero where another key of this section asks for it. All give the same model, up to rounding.",
     )
+    stage: Annotated[int, Field(ge=1, le=3)] | None = Field(
+        default=None,
+        description="ZeRO stage: 1 shards the optimizer state over the workers, 2 the gradients too, 3 the parameters "
+        "too. null: what engine.config says, otherwise 2, which costs no more communication than ddp.",
+    )
+    offload: Literal["none", "optimizer", "parameters"] | None = Field(
+        default=None,
+        description="What is kept in host memory instead of the GPU's. optimizer: its state and its work (zero); "
+        "parameters: these and the parameters (zero stage 3, fsdp). null: what engine.config says, otherwise none, "
+        "which is fastest.",
+    )
+    nvme_path: Text | None = Field(
+        default=None,
+        description="Directory on a local NVMe disk that what engine.offload names goes to instead of host memory "
+        "(zero stage 3). null: host memory, which is faster.",
+    )
+    config: Text | None = Field(
+        default=None,
+        description="Path of a DeepSpeed ds_config.json for zero. Its auto values are filled in from this config; "
+        "values that contradict it are refused. null: made from this section, which is enough for most.",
+    )
+
+    @field_validator("stage", "offload", "nvme_path", "config")
+    @classmethod
+    def _belongs_to_the_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        kind, name = info.data.get("kind", "auto"), info.field_name
+        takes = ("auto", "zero", "fsdp") if name == "offload" else ("auto", "zero")
+        if value not in (None, "none") and kind not in takes:
+            raise ValueError(f"has no meaning with engine.kind={kind}; it takes {' or '.join(takes[1:])}")
+        return value
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> Self:
+        if self.kind == "fsdp" and self.offload == "optimizer":
+            raise about("offload", "fsdp offloads everything or nothing; write parameters, or take zero")
+        if self.offload == "parameters" and self.stage in (1, 2):
+            raise about(
+                "offload", f"parameters are sharded by ZeRO stage 3 only, and engine.stage is {self.stage}"
+            )
+        if self.nvme_path is not None and (self.offload == "none" or self.stage in (1, 2)):
+            raise about("nvme_path", "needs engine.stage=3 and engine.offload optimizer or parameters")
+        return self
+
+    @property
+    def asks_for_zero(self) -> bool:
+        """Whether a key is set that only DeepSpeed ZeRO knows."""
+        given = (self.stage, self.nvme_path, self.config)
+        return self.kind == "zero" or self.offload == "optimizer" or any(v is not None for v in given)
 
 
 class ScalingConfig(Section):
@@ -493,12 +544,22 @@ class CheckpointConfig(Section):
     every_steps: Count | Literal["auto"] = Field(
         default="auto",
         description="Optimizer steps between two checkpoints. auto: a tenth of the run, between 10 and 500, "
-        "which is what a crash may cost.",
+        "which is what a crash may cost, and each evaluation that is the best so far.",
     )
     keep: Count = Field(
         default=2,
-        description="Checkpoints kept; older ones are deleted. 2: should the newest be damaged, one is "
-        "left to go back to.",
+        description="Checkpoints kept: the newest ones, and beside them the one of the best held-out loss, where that "
+        "was measured at its very step. Others are deleted. 2: should the newest be damaged, one is left.",
+    )
+    background: bool = Field(
+        default=True,
+        description="Copy the state to host memory and write it while training goes on, one checkpoint at a time. "
+        "false: training waits for the disk, and a worker's share of the state needs no second place in memory.",
+    )
+    rehearse: bool = Field(
+        default=True,
+        description="Write, verify, load and delete a whole checkpoint before the first step, so that one that fails "
+        "does so at once and not hours later.",
     )
 
 

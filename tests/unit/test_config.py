@@ -7,7 +7,9 @@ import pytest
 from pydantic import ValidationError
 
 from raytune_ds import config as c
+from raytune_ds.compose import compose
 from raytune_ds.config import Config, SourceConfig, holds_credentials, types_in
+from raytune_ds.errors import UserError
 from raytune_ds.keys import FIELDS, KEYS, section_of
 
 
@@ -64,9 +66,9 @@ DEFAULTS = {
         "eval_steps": None,
         "logging_steps": 1,
     },
-    "engine": {"kind": "auto"},
+    "engine": {"kind": "auto", "stage": None, "offload": None, "nvme_path": None, "config": None},
     "scaling": {"num_workers": "auto", "use_gpu": "auto", "cpus_per_worker": 1, "max_failures": 3},
-    "checkpoint": {"every_steps": "auto", "keep": 2},
+    "checkpoint": {"every_steps": "auto", "keep": 2, "background": True, "rehearse": True},
     "tracking": {"to": ["tensorboard"]},
 }
 
@@ -131,7 +133,9 @@ def test_unknown_keys_are_refused(section: str) -> None:
         ("train.activation_checkpointing", [True], ["auto", "none", "full"]),
         ("train.eval_steps", [0], [None, 1]),
         ("train.logging_steps", [0], [1]),
-        ("engine.kind", ["zero"], ["auto", "ddp"]),
+        ("engine.kind", ["megatron"], ["auto", "ddp", "zero", "fsdp"]),
+        ("engine.stage", [0, 4], [1, 2, 3, None]),
+        ("engine.offload", ["cpu"], ["none", "optimizer", "parameters", None]),
         ("scaling.num_workers", [0, "all"], ["auto", 1, 16]),
         ("scaling.use_gpu", ["maybe", 2], [True, False, "auto"]),
         ("scaling.cpus_per_worker", [0], [1]),
@@ -244,6 +248,7 @@ UNITS = {
     "checkpoint.every_steps": "Optimizer steps",
     "checkpoint.keep": "Checkpoints",
     "run.seed": "Seed",
+    "engine.stage": "stage",
 }
 
 
@@ -276,3 +281,25 @@ def test_every_choice_is_explained_or_plain() -> None:
         info = FIELDS[tuple(key.split("."))]
         for choice in types_in(info.annotation):
             assert re.search(rf"\b{choice}\b", info.description or ""), (key, choice)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["engine.kind=ddp", "engine.stage=3"],
+            "engine.stage = 3 (command line): has no meaning with engine.kind=ddp",
+        ),
+        (
+            ["engine.kind=fsdp", "engine.config=x.json"],
+            "engine.config = x.json (command line): has no meaning",
+        ),
+        (["engine.kind=fsdp", "engine.offload=optimizer"], "fsdp offloads everything or nothing"),
+        (["engine.stage=2", "engine.offload=parameters"], "parameters are sharded by ZeRO stage 3 only"),
+        (["engine.kind=zero", "engine.stage=2", "engine.nvme_path=/nvme"], "needs engine.stage=3"),
+    ],
+)
+def test_engine_settings_that_do_not_fit_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose([], overrides)
+    assert message in str(caught.value)

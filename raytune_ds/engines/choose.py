@@ -1,0 +1,73 @@
+"""Which engine a run takes when its config leaves that open, and why. A rule of thumb, said to the user."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raytune_ds.config import EngineConfig
+
+# Float32 parameters and gradients, and AdamW's two moments.
+BYTES_TRAINED = 16
+# Parameters and moments, in the copy that a checkpoint is written from.
+BYTES_COPIED = 12
+# What activations, the allocator and the libraries leave of a worker's memory.
+USABLE = 0.7
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine, its settings, and a sentence that says why."""
+
+    kind: str
+    settings: EngineConfig
+    why: str
+
+
+def choose(
+    config: EngineConfig,
+    total: int,
+    trainable: int,
+    frozen_bytes: int,
+    memory: int,
+    world_size: int,
+    gpu: bool,
+) -> Choice:
+    """The engine that `engine.kind` names, or the simplest one that fits.
+
+    Args:
+        config: of the run.
+        total: parameters of the model.
+        trainable: those of them that are trained.
+        frozen_bytes: bytes of a frozen parameter.
+        memory: bytes that the worker with the least of it has.
+        world_size: number of workers.
+        gpu: workers have GPUs, and host memory beside theirs.
+    """
+    if config.kind != "auto":
+        return Choice(config.kind, config, "engine.kind says so")
+    if config.asks_for_zero:
+        return Choice(
+            "zero", config, "engine.stage, config, nvme_path or offload=optimizer asks for DeepSpeed"
+        )
+    # Where workers compute in host memory, the copy that a checkpoint is written from lies in it too.
+    trained_bytes = BYTES_TRAINED if gpu else BYTES_TRAINED + BYTES_COPIED
+    needed = (total - trainable) * frozen_bytes + trainable * trained_bytes
+    sizes = f"weights, gradients and optimizer state take {_gib(needed)}, a worker has {_gib(memory)}"
+    if config.offload == "parameters":
+        return Choice("fsdp", config, "it offloads parameters")
+    if needed <= USABLE * memory:
+        return Choice("ddp", config, sizes)
+    if world_size > 1 and needed / world_size <= USABLE * memory:
+        return Choice("fsdp", config, f"{sizes}, so {world_size} workers share them")
+    if gpu and config.offload is None:
+        offloading = config.model_copy(update={"offload": "parameters"})
+        return Choice(
+            "fsdp", offloading, f"{sizes}, so they are kept in host memory; more workers would be faster"
+        )
+    return Choice(
+        "fsdp" if world_size > 1 else "ddp", config, f"{sizes}, so this may not fit; take more workers"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / (1 << 30):.2f} GiB"
