@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -15,11 +16,14 @@ from raytune_ds.console import say
 from raytune_ds.data.inputs import Inputs
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 from raytune_ds.demo.data import domain_rows, write_rows
+from raytune_ds.engines.ds import config as dsconfig
 from raytune_ds.errors import UserError
 from raytune_ds.model import adapters
 from raytune_ds.model.adapters import AdapterReport
 from raytune_ds.model.load import skeleton
+from raytune_ds.model.weights import fingerprint
 from raytune_ds.rundir import RunDir
+from raytune_ds.worker import Base
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Checked:
         model: with a directory in place of a tiny model's name.
         tokenizer: of the model.
         report: what will be trained and what not.
+        base: what was found of the model.
+        ds_config: the user's own DeepSpeed config.
     """
 
     config: Config
@@ -41,6 +47,8 @@ class Checked:
     model: ModelConfig
     tokenizer: TokenizerSpec
     report: AdapterReport
+    base: Base
+    ds_config: dict[str, Any] | None
 
 
 def check(config: Config) -> Checked:
@@ -52,15 +60,19 @@ def check(config: Config) -> Checked:
     root = _check_storage(config)
     _check_name(config, root)
     _check_trackers(config)
+    ds_config = _check_engine(config)
     config = _with_default_data(config, root)
     inputs = Inputs.find(config.data)
+    inputs.require_formats_of(config.objective.kind)
     for line in inputs.summary():
         say(f"data: {line}")
     model = _located(config, inputs, root)
-    report = adapters.report(skeleton(model), config.adapter)
+    base_model = skeleton(model)
+    report = adapters.report(base_model, config.adapter)
+    base = Base(*_identity(model, base_model.config), report.total, report.trainable)
     tokenizer = TokenizerSpec.of(model.name, config.data.chat_template, model.trust_remote_code)
     load_tokenizer(tokenizer)
-    return Checked(config, root, inputs, model, tokenizer, report)
+    return Checked(config, root, inputs, model, tokenizer, report, base, ds_config)
 
 
 def _check_storage(config: Config) -> str:
@@ -91,10 +103,42 @@ def _check_trackers(config: Config) -> None:
         raise UserError(f"tracking.to: {', '.join(missing)}: not installed; pip install 'raytune_ds[track]'")
 
 
+def _check_engine(config: Config) -> dict[str, Any] | None:
+    """The user's own DeepSpeed config, if DeepSpeed is asked for.
+
+    Raises:
+        UserError: DeepSpeed is not installed, or its config contradicts ours.
+    """
+    engine = config.engine
+    if not engine.asks_for_zero:
+        return None
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "engine: its keys ask for DeepSpeed (kind=zero, stage, config, nvme_path or offload=optimizer), and "
+            "deepspeed is not installed; pip install deepspeed, or set engine.kind=fsdp"
+        )
+    given = dsconfig.load(engine.config) if engine.config is not None else None
+    dsconfig.check(given, config.train, engine, dtype=config.model.dtype)
+    return given
+
+
+def _identity(model: ModelConfig, config: Any) -> tuple[str, str | None]:
+    """What tells the model's weights from others, and the commit of a model of the hub."""
+    folder = Path(model.name)
+    if folder.is_dir():
+        return fingerprint(folder), None
+    revision = getattr(config, "_commit_hash", None)
+    return f"{model.name}@{revision}", revision
+
+
 def _with_default_data(config: Config, root: str) -> Config:
     """The bundled demo data where the config names none."""
     if config.data.sources is not None:
         return config
+    if config.objective.kind != "sft":
+        raise UserError(
+            f"objective.kind = {config.objective.kind}: the bundled data are for sft; set data.sources."
+        )
     path = Path(_local_root(root)) / ".demo" / "prescriptions.jsonl"
     write_rows(domain_rows(), path)
     return replaced(config, data={"sources": [{"path": str(path), "format": "alpaca"}]})

@@ -1,30 +1,34 @@
 """Checkpoints: safetensors and JSON, written by the ranks side by side, complete once their manifest is there.
 
     checkpoints/step-00000120/
-        rank-00000-00000.safetensors ...   tensors by name, in shards of bounded size
-        manifest.json                      size and checksum of every file; written last
+        rank-00000-00000.safetensors ...   flat float32 ranges of tensors, by name, in files of bounded size
+        manifest.json                      shapes, and size, checksum and ranges of every file; written last
 
-No manifest, no checkpoint. Nothing in it depends on the engine or the number of ranks that wrote it.
+No manifest, no checkpoint. Each rank writes the ranges that it keeps, and reads those that it will keep: nothing in a
+checkpoint depends on the engine or the number of ranks that wrote it, and no rank ever needs a whole tensor.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import safetensors.torch
 import torch
 import xxhash
-from safetensors import SafetensorError
 
 from raytune_ds import storage
+from raytune_ds.engines import Piece
+from raytune_ds.errors import UserError
+from raytune_ds.tensorfile import TensorFile
 from raytune_ds.world import World
 
-VERSION = 1
-SHARD_BYTES = 512 << 20
+VERSION = 2
+SHARD_BYTES = 256 << 20
 _NAME = re.compile(r"step-(\d{8})\Z")
 
 
@@ -32,29 +36,51 @@ class CheckpointError(Exception):
     """A checkpoint is incomplete or damaged; the message says which file and how."""
 
 
+class OtherVersion(ValueError):
+    """A manifest that another version of this package wrote."""
+
+
 @dataclass(frozen=True)
 class ShardFile:
-    """One file of a checkpoint: its size in bytes, its xxh3-128 checksum, and the shapes of its tensors."""
+    """One file of a checkpoint: size in bytes, xxh3-128 checksum, and the range [start, stop) of each tensor in it."""
 
     name: str
     size: int
     checksum: str
-    tensors: dict[str, list[int]]
+    ranges: dict[str, list[int]]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is: the optimizer steps done, what the run must agree on to go on, and the files."""
+    """What a checkpoint is.
+
+    Attributes:
+        step: optimizer steps done.
+        updates: those of them that were applied.
+        identity: what the run must agree on to go on.
+        progress: what the run has counted so far.
+        eval_loss: the held-out loss at this very step; None where none was measured.
+        shapes: of all tensors.
+        files: where their elements are.
+    """
 
     step: int
+    updates: int
     identity: dict[str, Any]
     progress: dict[str, Any]
+    eval_loss: float | None
+    shapes: dict[str, list[int]]
     files: tuple[ShardFile, ...]
     version: int = VERSION
 
+    @property
+    def size(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(file.size for file in self.files)
+
     def to_json(self) -> dict[str, Any]:
         """As it lies in manifest.json, with a checksum of its own."""
-        values = asdict(self)
+        values = storage.finite(asdict(self))
         return {**values, "checksum": _checksum_of(values)}
 
     @staticmethod
@@ -68,8 +94,31 @@ class Manifest:
         if checksum != _checksum_of(values):
             raise ValueError("its content has changed (checksum differs)")
         if values["version"] != VERSION:
-            raise ValueError(f"version {values['version']} is not {VERSION}, the one this package reads")
+            raise OtherVersion(f"is of version {values['version']}, and this package reads {VERSION}")
         return Manifest(files=tuple(ShardFile(**file) for file in values.pop("files")), **values)
+
+    def require_whole(self) -> None:
+        """Whether the files' ranges make up every tensor.
+
+        Raises:
+            ValueError: a range is missing, or there twice.
+        """
+        ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in self.shapes}
+        for file in self.files:
+            for name, (start, stop) in file.ranges.items():
+                if name not in ranges:
+                    raise ValueError(f"{name}: is in {file.name}, but should not be")
+                ranges[name].append((start, stop))
+        for name, parts in ranges.items():
+            end = 0
+            for start, stop in sorted(parts):
+                if start != end:
+                    raise ValueError(
+                        f"{name}: elements {min(start, end)} to {max(start, end)} are missing or there twice"
+                    )
+                end = stop
+            if end != math.prod(self.shapes[name]):
+                raise ValueError(f"{name}: its end is missing")
 
 
 def _checksum_of(values: dict[str, Any]) -> str:
@@ -86,62 +135,56 @@ def steps(root: str) -> list[int]:
     return sorted(int(match.group(1)) for name in storage.list_names(root) if (match := _NAME.match(name)))
 
 
-def save(
-    root: str,
-    step: int,
-    state: Mapping[str, torch.Tensor],
-    identity: dict[str, Any],
-    progress: dict[str, Any],
-    world: World,
-) -> str:
-    """Writes a checkpoint; all ranks call it, each with its share of the state.
+# ---------------------------------------------------------------------------------------------- writing
 
-    Args:
-        root: the run's checkpoint folder.
-        step: optimizer steps done.
-        state: this rank's tensors by name.
-        identity: what has to be the same for a run to go on from here.
-        progress: what the run has counted so far (tokens, best loss ...).
-        world: the ranks.
 
-    Returns:
-        The checkpoint's directory.
+def write_shards(path: str, rank: int, pieces: Iterable[Piece]) -> list[ShardFile]:
+    """Writes a rank's pieces below `path`, with memory for two files of them at a time.
 
     Raises:
-        OSError: it can't be written; what was there before is untouched.
+        OSError: they can't be written.
     """
-    path = directory(root, step)
-    if world.is_main:
-        storage.delete_dir(path)  # what an interrupted attempt left
-        storage.make_dir(path)
-    world.barrier()
-    written = [_write_shard(path, world.rank, i, shard) for i, shard in enumerate(_shards(state))]
-    files = tuple(file for rank_files in world.gather(written) for file in rank_files)
-    if world.is_main:
-        storage.write_json(f"{path}/manifest.json", Manifest(step, identity, progress, files).to_json())
-    world.barrier()
-    return path
+    return [_write_shard(path, rank, number, shard) for number, shard in enumerate(_shards(pieces))]
 
 
-def _shards(state: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    shard: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in state.items():
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor.detach().cpu().contiguous()
-        size += tensor.nbytes
+def _shards(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces gathered, and cut, to files of SHARD_BYTES."""
+    shard: list[Piece] = []
+    room = SHARD_BYTES // 4
+    for piece in pieces:
+        done = 0
+        while done < piece.tensor.numel():
+            part = piece.tensor[done : done + room]
+            shard.append(Piece(piece.name, piece.start + done, part))
+            done += part.numel()
+            room -= part.numel()
+            if room == 0:
+                yield shard
+                shard, room = [], SHARD_BYTES // 4
     if shard:
         yield shard
 
 
-def _write_shard(path: str, rank: int, number: int, tensors: dict[str, torch.Tensor]) -> ShardFile:
+def _write_shard(path: str, rank: int, number: int, pieces: list[Piece]) -> ShardFile:
     name = f"rank-{rank:05d}-{number:05d}.safetensors"
-    content = safetensors.torch.save(tensors)
+    content = safetensors.torch.save({p.name: p.tensor.float().cpu().contiguous() for p in pieces})
     storage.write_bytes(f"{path}/{name}", content)
-    shapes = {tensor_name: list(tensor.shape) for tensor_name, tensor in tensors.items()}
-    return ShardFile(name, len(content), xxhash.xxh3_128_hexdigest(content), shapes)
+    ranges = {p.name: [p.start, p.start + p.tensor.numel()] for p in pieces}
+    return ShardFile(name, len(content), xxhash.xxh3_128_hexdigest(content), ranges)
+
+
+def write_manifest(path: str, manifest: Manifest) -> None:
+    """Makes what lies at `path` a checkpoint.
+
+    Raises:
+        OSError: it can't be written.
+        ValueError: its files do not make up every tensor.
+    """
+    manifest.require_whole()
+    storage.write_json(f"{path}/manifest.json", manifest.to_json())
+
+
+# ---------------------------------------------------------------------------------------------- reading
 
 
 def read_manifest(path: str) -> Manifest:
@@ -151,85 +194,136 @@ def read_manifest(path: str) -> Manifest:
         CheckpointError: it is not there or makes no sense.
     """
     try:
-        return Manifest.from_json(json.loads(storage.read_bytes(f"{path}/manifest.json")))
+        manifest = Manifest.from_json(json.loads(storage.read_bytes(f"{path}/manifest.json")))
+        manifest.require_whole()
+        return manifest
     except OSError as error:
-        raise CheckpointError(f"{path}: no manifest, so it was never finished") from error
+        why = "no manifest, so it was never finished"
+        if not isinstance(error, FileNotFoundError):
+            why = f"its manifest can't be read: {error}"
+        raise CheckpointError(f"{path}: {why}") from error
+    except OtherVersion as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}/manifest.json: damaged: {error}") from error
 
 
-def verify(path: str) -> Manifest:
-    """Reads all of a checkpoint and compares it with its manifest.
+def verify(path: str, world: World) -> Manifest:
+    """Reads all of a checkpoint, each rank a part, and compares it with its manifest. A collective.
 
     Raises:
-        CheckpointError: a file is missing, truncated or changed.
+        CheckpointError: a file is missing, truncated or changed; the same on all ranks.
     """
-    manifest = read_manifest(path)
-    for file in manifest.files:
-        _read_verified(path, file)
+    manifest = error = None
+    if world.is_main:  # the others may see an older state of a shared folder
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError as caught:
+            error = str(caught)
+    manifest, error = world.broadcast((manifest, error))
+    if manifest is None:
+        raise CheckpointError(error)
+    try:
+        for file in manifest.files[world.rank :: world.size]:
+            _verify_file(path, file)
+    except CheckpointError as caught:
+        error = str(caught)
+    if errors := [text for text in world.gather(error) if text]:
+        raise CheckpointError(errors[0])
     return manifest
 
 
-def _read_verified(path: str, file: ShardFile) -> bytes:
+def _verify_file(path: str, file: ShardFile) -> None:
+    digest, size = xxhash.xxh3_128(), 0
     try:
-        content = storage.read_bytes(f"{path}/{file.name}")
+        with storage.open_file(f"{path}/{file.name}") as stream:
+            while block := stream.read(16 << 20):
+                digest.update(block)
+                size += len(block)
     except OSError as error:
         raise CheckpointError(f"{path}/{file.name}: can't be read: {error}") from error
-    if len(content) != file.size:
-        raise CheckpointError(f"{path}/{file.name}: {len(content)} bytes, should be {file.size}")
-    if xxhash.xxh3_128_hexdigest(content) != file.checksum:
+    if size != file.size:
+        raise CheckpointError(f"{path}/{file.name}: {size} bytes, should be {file.size}")
+    if digest.hexdigest() != file.checksum:
         raise CheckpointError(f"{path}/{file.name}: its content has changed (checksum differs)")
-    return content
 
 
-def newest(root: str, warn: Callable[[str], None]) -> tuple[str, Manifest] | None:
-    """The newest checkpoint that verifies; `warn` hears of those that do not."""
-    for step in reversed(steps(root)):
+def newest(root: str, world: World, warn: Callable[[str], None]) -> tuple[str, Manifest] | None:
+    """The newest checkpoint that verifies; `warn` hears of those that do not. A collective.
+
+    Raises:
+        UserError: there are finished ones, and none of them verifies: to begin anew would delete them.
+    """
+    passed_over: list[str] = []
+    for step in world.broadcast(steps(root)[::-1] if world.is_main else None):
         path = directory(root, step)
         try:
-            manifest = verify(path)
+            manifest = verify(path, world)
             if manifest.step != step:
                 raise CheckpointError(f"{path}: holds step {manifest.step}")
             return path, manifest
         except CheckpointError as error:
+            if world.broadcast(storage.exists(f"{path}/manifest.json") if world.is_main else None):
+                passed_over.append(str(error))
             warn(f"checkpoint passed over: {error}")
+    if passed_over:
+        raise UserError(
+            f"{root}: none of its {len(passed_over)} checkpoints can be read; the newest: {passed_over[0]}\n"
+            "Bring them back, or take another run.name to start anew."
+        )
     return None
 
 
 class Reader:
-    """A checkpoint's tensors by name, one shard in memory at a time."""
+    """Any range of any tensor of a checkpoint."""
 
     def __init__(self, path: str, manifest: Manifest) -> None:
         """`manifest` is of the checkpoint at `path`."""
-        self._path = path
-        self._file_of = {name: file for file in manifest.files for name in file.tensors}
-        self.names = {
-            name: torch.Size(shape) for file in manifest.files for name, shape in file.tensors.items()
-        }
-        self._loaded: tuple[str, dict[str, torch.Tensor]] | None = None
+        self.shapes = {name: torch.Size(shape) for name, shape in manifest.shapes.items()}
+        self._parts: dict[str, list[tuple[int, int, TensorFile]]] = {name: [] for name in self.shapes}
+        for file in manifest.files:
+            content = TensorFile(f"{path}/{file.name}")
+            for name, (start, stop) in file.ranges.items():
+                self._parts[name].append((start, stop, content))
 
-    def __call__(self, name: str) -> torch.Tensor:
-        """The tensor of that name, on the CPU.
+    def __call__(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of a tensor in row-major order: float32, one-dimensional, on the CPU.
 
         Raises:
-            CheckpointError: its file is damaged.
+            OSError: a file can't be read.
         """
-        file = self._file_of[name]
-        if self._loaded is None or self._loaded[0] != file.name:
-            try:
-                tensors = safetensors.torch.load(_read_verified(self._path, file))
-            except SafetensorError as error:
-                raise CheckpointError(f"{self._path}/{file.name}: {error}") from error
-            self._loaded = (file.name, tensors)
-        return self._loaded[1][name]
+        values = torch.empty(stop - start)
+        for first, last, file in self._parts[name]:
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                values[low - start : high - start] = file.read(name, low - first, high - first)
+        return values
+
+    def whole(self, name: str) -> torch.Tensor:
+        """All of a tensor, in its shape."""
+        shape = self.shapes[name]
+        return self(name, 0, shape.numel()).view(shape)
+
+
+# --------------------------------------------------------------------------------------------- cleaning
 
 
 def prune(root: str, keep: int, newest: int) -> None:
-    """Deletes all but the last `keep` checkpoints up to step `newest`, and what interrupted attempts left."""
-    finished = [
-        step
-        for step in steps(root)
-        if step <= newest and storage.exists(f"{directory(root, step)}/manifest.json")
-    ]
-    for step in set(steps(root)) - set(finished[-keep:]):
+    """Deletes what is not among the last `keep` checkpoints up to step `newest`, nor the best by held-out loss."""
+    losses: dict[int, float | None] = {}
+    kept: set[int] = set()
+    for step in steps(root):
+        path = directory(root, step)
+        try:
+            losses |= {step: read_manifest(path).eval_loss} if step <= newest else {}
+        except CheckpointError as error:
+            # What an interrupted attempt left goes. One that can't be read just now, or not by this version, stays.
+            if isinstance(error.__cause__, OSError | OtherVersion) and storage.exists(
+                f"{path}/manifest.json"
+            ):
+                kept.add(step)
+    kept |= set(sorted(losses)[-keep:])
+    if measured := {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}:
+        kept.add(min(measured, key=lambda step: (measured[step], -step)))
+    for step in set(steps(root)) - kept:
         storage.delete_dir(directory(root, step))

@@ -53,6 +53,7 @@ class Result:
     progress: dict[str, Any]
     wall_time_s: float
     num_workers: int
+    engine: str
     trainable_parameters: int
     peak_memory_mib: tuple[float, ...]
     final_bytes: int
@@ -89,7 +90,7 @@ def launch(config: Config, debug: bool = False) -> Result:
     except TrainingFailedError as error:
         _write_result(assignment, scale, started, Outcome(error=str(error)), restarts)
         warn(
-            f"the run failed; its checkpoints stay, and the same command with run.name={_name(assignment)} resumes it"
+            f"the run failed; its checkpoints stay, and the same command with run.name={assignment.run.name} resumes it"
         )
         raise
     if outcome.error is not None:
@@ -108,6 +109,7 @@ def _write_result(
         progress=outcome.progress or {},
         wall_time_s=round(time.monotonic() - started, 2),
         num_workers=scale.num_workers,
+        engine=outcome.engine,
         trainable_parameters=outcome.trainable,
         peak_memory_mib=tuple(round(m, 1) for m in outcome.peak_memory_mib),
         final_bytes=outcome.final_bytes,
@@ -127,7 +129,7 @@ def assign(checked: Checked) -> Assignment:
     config, root = checked.config, checked.root
     store = prepare(config, checked.inputs, checked.tokenizer, f"{root}/.prepared")
     run = RunDir(f"{root}/{config.run.name or _make_name(config)}")
-    return Assignment(config, checked.model, checked.tokenizer, store, run)
+    return Assignment(config, checked.model, checked.base, checked.tokenizer, store, run, checked.ds_config)
 
 
 def _make_name(config: Config) -> str:
@@ -142,14 +144,10 @@ def _make_name(config: Config) -> str:
     )
 
 
-def _name(assignment: Assignment) -> str:
-    return assignment.run.path.rpartition("/")[2]
-
-
 def _claim(assignment: Assignment) -> None:
     """Makes the run directory; where it is there, its config becomes the one that the run continues with."""
     storage.make_dir(assignment.run.path)
-    config = replaced(assignment.config, run={"name": _name(assignment)})
+    config = replaced(assignment.config, run={"name": assignment.run.name})
     storage.write_bytes(assignment.run.config, dump(config).encode())
 
 
@@ -167,7 +165,10 @@ def _finished_before(assignment: Assignment) -> Result | None:
     values = storage.read_json(assignment.run.result)
     if values is None or values["status"] != "finished" or not storage.exists(assignment.run.final):
         return None
-    return Result(**values) if values["progress"]["step"] >= assignment.plan.total_steps else None
+    if values["progress"]["step"] < assignment.plan.total_steps:
+        return None
+    known = {field.name for field in dataclasses.fields(Result)}
+    return Result(**{"engine": "ddp"} | {name: value for name, value in values.items() if name in known})
 
 
 # ---------------------------------------------------------------------------------------------- the workers
@@ -241,7 +242,7 @@ def _worker_main(assignment: Assignment, use_gpu: bool, mailbox: Any) -> Outcome
     def report(kind: str, content: dict[str, Any]) -> None:
         if world.is_main:
             mailbox.put.remote(kind, content)
-        if kind in ("eval", "checkpoint"):
+        if kind == "eval":
             ray.train.report({k: v for k, v in content.items() if isinstance(v, int | float)})
 
     return run_worker(assignment, world, _open_stream, report)
@@ -283,12 +284,16 @@ class _Following:
 
 def _say_end(result: Result) -> None:
     progress = result.progress
-    losses = f"loss {progress['first_loss']:.4f} -> {progress['last_loss']:.4f}"
+    losses = f"loss {_shown(progress['first_loss'])} -> {_shown(progress['last_loss'])}"
     if progress["last_eval_loss"] is not None:
-        losses += f", held-out {progress['first_eval_loss']:.4f} -> {progress['last_eval_loss']:.4f}"
+        losses += f", held-out {_shown(progress['first_eval_loss'])} -> {_shown(progress['last_eval_loss'])}"
     say(
         f"finished: {progress['step']} steps, {human_count(progress['tokens'])} tokens in "
         f"{human_time(result.wall_time_s)}; {losses}; peak memory {max(result.peak_memory_mib):,.0f} MiB a worker"
     )
     say(f"saved: {result.run}/final ({result.final_bytes / (1 << 20):.1f} MiB)")
     say(f"try it: raytune-ds chat --run {result.run}")
+
+
+def _shown(loss: float | None) -> str:
+    return "nan" if loss is None else f"{loss:.4f}"

@@ -28,6 +28,7 @@ class Plan:
     total_steps: int
     eval_every: int
     checkpoint_every: int
+    checkpoint_best: bool
     order: Order
 
     @staticmethod
@@ -42,12 +43,18 @@ class Plan:
             eval_every=train.eval_steps or max(per_epoch, -(-total // 20)),
             # A tenth of the run is what a crash may cost, but a long run pays for more than 500 steps at most.
             checkpoint_every=min(500, max(10, -(-total // 10))) if every == "auto" else every,
+            # So that the best held-out loss has a checkpoint.
+            checkpoint_best=every == "auto",
             order=order,
         )
 
-    def is_due(self, every: int, step: int) -> bool:
-        """Whether something that happens every so many steps happens after `step`; always at the end."""
-        return step % every == 0 or step == self.total_steps
+    def evaluates(self, step: int) -> bool:
+        """Whether the held-out loss is measured after `step`; always at the end."""
+        return step % self.eval_every == 0 or step == self.total_steps
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is taken after `step`, whatever the held-out loss; always at the end."""
+        return step % self.checkpoint_every == 0 or step == self.total_steps
 
 
 @dataclass(frozen=True)
@@ -55,12 +62,13 @@ class Hooks:
     """What the loop sets off without knowing how it is done.
 
     Attributes:
-        log: takes one row for metrics.jsonl; called on every rank with the same row.
-        checkpoint: saves the state after a step; all ranks call it together.
+        log: takes one row for metrics.jsonl; called on every rank (only times differ).
+        checkpoint: saves the state as it is, and returns the seconds that training stood still for it; all ranks
+            call it together.
     """
 
     log: Callable[[Row], None]
-    checkpoint: Callable[[int, Progress], None]
+    checkpoint: Callable[[Progress], float]
 
 
 @dataclass
@@ -76,7 +84,9 @@ class Progress:
     first_eval_loss: float | None = None
     last_eval_loss: float | None = None
     best_eval_loss: float | None = None
+    eval_step: int | None = None
     seconds: float = 0.0
+    checkpoint_wait_s: float = 0.0
 
 
 def train(
@@ -134,10 +144,13 @@ def train(
         _note_step(progress, row, seconds)
         hooks.log({**row, "world_size": world.size})
 
-        if plan.is_due(plan.eval_every, progress.step):
+        if plan.evaluates(progress.step):
             evaluate()
-        if plan.is_due(plan.checkpoint_every, progress.step):
-            hooks.checkpoint(progress.step, progress)
+        is_best = progress.eval_step == progress.step and progress.last_eval_loss == progress.best_eval_loss
+        if plan.saves(progress.step) or (is_best and plan.checkpoint_best):
+            waited = hooks.checkpoint(progress)
+            progress.checkpoint_wait_s += waited
+            hooks.log({"step": progress.step, "checkpoint_wait_s": waited})
     return progress
 
 
@@ -199,7 +212,9 @@ def _note_step(progress: Progress, row: Row, seconds: float) -> None:
 
 
 def _note_eval(progress: Progress, loss: float) -> None:
-    progress.last_eval_loss = loss
-    progress.best_eval_loss = min(loss, progress.best_eval_loss or loss)
+    progress.last_eval_loss, progress.eval_step = loss, progress.step
+    best = progress.best_eval_loss
+    if best is None or loss < best:
+        progress.best_eval_loss = loss
     if progress.first_eval_loss is None:
         progress.first_eval_loss = loss

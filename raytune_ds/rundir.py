@@ -5,12 +5,14 @@ metrics.jsonl    one line per optimizer step, one per evaluation
 checkpoints/     step-00000120/ ...
 final/           the adapter, or the model
 result.json      how it ended
+ds_config.json   what DeepSpeed was really given, where it was the engine
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,11 @@ class RunDir:
     """Paths of one run, on any filesystem pyarrow opens."""
 
     path: str
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self.path.rpartition("/")[2]
 
     @property
     def config(self) -> str:
@@ -50,6 +57,11 @@ class RunDir:
         return f"{self.path}/result.json"
 
     @property
+    def ds_config(self) -> str:
+        """What DeepSpeed was really given."""
+        return f"{self.path}/ds_config.json"
+
+    @property
     def tensorboard(self) -> str:
         """TensorBoard's log directory."""
         return f"{self.path}/tensorboard"
@@ -73,27 +85,46 @@ class MetricsFile:
     A file tree is appended to. Object stores can't append: there the file is written anew whenever `flush` is called.
     """
 
-    def __init__(self, run: RunDir, last_step: int) -> None:
-        """Keeps the lines up to `last_step` and drops those of steps that will be done again."""
-        self._path = run.metrics
+    def __init__(self, run: RunDir, last_step: int, warn: Callable[[str], None]) -> None:
+        """Keeps the lines up to `last_step` and drops those of steps that will be done again.
+
+        `warn` hears of it when lines can't be written.
+        """
+        self._path, self._warn = run.metrics, warn
         kept = [row for row in run.read_metrics() if row["step"] <= last_step]
         self._content = b"".join(_line(row) for row in kept)
         storage.write_bytes(self._path, self._content)
         local = storage.is_local(self._path)
         file = Path(storage.absolute(self._path))
         self._file = file.open("ab", buffering=0) if local else None
+        self._pending, self._behind = b"", False
 
     def write(self, row: dict[str, Any]) -> None:
-        """One line."""
-        if self._file is not None:
-            self._file.write(_line(row))
-        else:
+        """One line. While the disk is full lines are kept in memory; training is worth more than they are."""
+        if self._file is None:
             self._content += _line(row)
+            return
+        self._pending += _line(row)
+        self._drain()
+
+    def _drain(self) -> None:
+        assert self._file is not None
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if not self._behind:
+                self._warn(
+                    f"{self._path} can't be written ({error.strerror}); its lines are kept until it can"
+                )
+        self._behind = bool(self._pending)
 
     def flush(self) -> None:
         """Makes all lines so far visible to others."""
         if self._file is None:
             storage.write_bytes(self._path, self._content)
+        else:
+            self._drain()
 
     def close(self) -> None:
         """Flushes and closes."""

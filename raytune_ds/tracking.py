@@ -136,7 +136,7 @@ class Tracking:
             UserError: a tracker can't start.
         """
         self._warn = warn
-        self._file = MetricsFile(run, last_step)
+        self._file = MetricsFile(run, last_step, warn)
         self._trackers = {name: _start(name, run, config, last_step) for name in to}
 
     def log(self, row: dict[str, Any], plot: bool = True) -> None:

@@ -5,16 +5,17 @@ No Ray here: a benchmark or a debugger runs a worker in its own process.
 
 from __future__ import annotations
 
+import platform
 import resource
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
-from raytune_ds import checkpoint, engines
+from raytune_ds import checkpoint, engines, storage
 from raytune_ds.checkpoint import Manifest, Reader
 from raytune_ds.config import Config, ModelConfig
 from raytune_ds.data.batch import Batch, read
@@ -22,14 +23,18 @@ from raytune_ds.data.order import Order
 from raytune_ds.data.share import Share
 from raytune_ds.data.store import Store
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
+from raytune_ds.engines.choose import Choice, choose
 from raytune_ds.errors import UserError
-from raytune_ds.export import save_final
+from raytune_ds.export import ExportError, Final, describe, save_final
 from raytune_ds.loop import Hooks, Plan, Progress, Row, train
-from raytune_ds.model import adapters
-from raytune_ds.model.load import compute_dtype, load_model, parts
-from raytune_ds.model.packed import PackedLM
+from raytune_ds.model.build import Built, build
+from raytune_ds.model.load import compute_dtype
+from raytune_ds.model.weights import fingerprint
+from raytune_ds.modelcard import model_card
 from raytune_ds.objectives import OBJECTIVES
 from raytune_ds.rundir import RunDir
+from raytune_ds.saver import Label, Saver, Written
+from raytune_ds.schedule import warmup_steps
 from raytune_ds.tracking import Tracking
 from raytune_ds.world import World
 
@@ -44,6 +49,11 @@ OpenStream = Callable[[Store, Share, range], Iterator[list[Batch]]]
 # A forward pass on the CPU or a GPU is busy enough with this many tokens; more only takes memory.
 AUTO_MICRO_BATCH_TOKENS = 8192
 EVAL_BATCH = 16
+# A checkpoint that training stands still for longer is worth a line.
+LONG_WAIT_S = 5.0
+_WEIGHTS_CHANGED = (
+    "\n(model.weights: the files of the base model have changed, or model.name is another model)"
+)
 # Keys of `train` that a run may be continued with another value of. With more steps the schedule stretches.
 MAY_CHANGE = (
     "num_train_epochs",
@@ -56,22 +66,43 @@ MAY_CHANGE = (
 
 
 @dataclass(frozen=True)
+class Base:
+    """What was found of the base model before the workers start.
+
+    Attributes:
+        fingerprint: tells its weights from others.
+        revision: the commit, if it is of the hub.
+        total: its parameters, with those of an adapter.
+        trainable: those of them that are trained.
+    """
+
+    fingerprint: str
+    revision: str | None
+    total: int
+    trainable: int
+
+
+@dataclass(frozen=True)
 class Assignment:
     """All that a worker is told.
 
     Attributes:
         config: resolved.
         model: the same as config.model, with a tiny model's directory in place of its name.
+        base: what was found of that model.
         tokenizer: of the model.
         store: prepared.
         run: its directory.
+        ds_config: the user's own DeepSpeed config.
     """
 
     config: Config
     model: ModelConfig
+    base: Base
     tokenizer: TokenizerSpec
     store: Store
     run: RunDir
+    ds_config: dict[str, Any] | None
 
     @property
     def plan(self) -> Plan:
@@ -85,7 +116,7 @@ class Assignment:
         config = self.config
         return {
             "run.seed": config.run.seed,
-            "model.name": self.model.name,
+            "model.weights": self.base.fingerprint,
             "model.dtype": self.model.dtype,
             "adapter": config.adapter.model_dump(mode="json") if config.adapter.kind != "none" else None,
             "objective": config.objective.model_dump(mode="json"),
@@ -102,39 +133,81 @@ class Outcome:
         error: what the user has to mend; None if all went well.
         progress: where the run stands.
         peak_memory_mib: the most memory each rank held: of the GPU, or the process.
+        engine: that was taken.
+        trainable: parameters that were trained.
+        final_bytes: size of final/.
     """
 
     error: str | None = None
     progress: dict[str, Any] | None = None
     peak_memory_mib: tuple[float, ...] = ()
+    engine: str = ""
     trainable: int = 0
     final_bytes: int = 0
 
 
 def run_worker(assignment: Assignment, world: World, open_stream: OpenStream, report: Report) -> Outcome:
     """Trains this rank's share of the run, from where its newest checkpoint left it."""
-    # A mistake of the user's is returned, not raised: raised, it would look like a crash and be tried again. All ranks
-    # hear of it after each step, so that none waits for another in a collective that never comes.
-    module, problem = _attempt(lambda: _build_module(assignment, world), world)
-    if module is None:
-        return Outcome(error=problem)
-    found, problem = _attempt(lambda: _where_to_start(assignment, world, report), world)
-    if problem:
-        return Outcome(error=problem)
-    tracking, problem = _attempt(lambda: _open_tracking(assignment, world, found, report), world)
-    if problem:
-        return Outcome(error=problem)
-    engine = engines.build(assignment.config.engine.kind, module, assignment.config.train, world)
+    # A mistake of the user's is returned, not raised: raised, it would look like a crash and be tried again.
+    try:
+        return _run(assignment, world, open_stream, report)
+    except UserError as error:
+        return Outcome(error=str(error))
+
+
+def _run(assignment: Assignment, world: World, open_stream: OpenStream, report: Report) -> Outcome:
+    config, plan = assignment.config, assignment.plan
+    dtype = _common_dtype(assignment, world)
+    choice = _choose(assignment, world, dtype)
+    report("note", {"text": f"engine: {choice.kind} ({choice.why})"})
+    given, say = assignment.ds_config, partial(_note, report)
+    world.together(
+        lambda: engines.prepare(choice.kind, choice.settings, config.train, given, world.device, say)
+    )
+    built = world.together(lambda: _build(assignment, world, choice, dtype))
+    found = _where_to_start(assignment, world, report)
+    tracking = world.together(lambda: _open_tracking(assignment, world, found, report))
+    engine = engines.build(choice.kind, _task(assignment, world, choice, built, report))
+    saver = _saver(assignment, world, engine, built, report)
     progress = Progress()
     if found is not None:
         path, manifest = found
         reader = Reader(path, manifest)
-        _, problem = _attempt(lambda: engine.load_state(reader, reader.names), world)
-        if problem:
-            return Outcome(error=problem)
+        _require_same_parameters(built, reader)
+        engine.load(reader, manifest.updates)
         progress = Progress(**manifest.progress)
         report("note", {"text": f"resuming from the checkpoint of step {progress.step}"})
-    return _train_and_save(assignment, world, engine, progress, tracking, open_stream, report)
+    elif config.checkpoint.rehearse:
+        report("note", {"text": saver.rehearse(Label(0, asdict(progress), None))})
+    report("start", {"step": progress.step, "total_steps": plan.total_steps, "world_size": world.size})
+    if progress.step < plan.total_steps:
+        train(
+            config=config,
+            plan=plan,
+            world=world,
+            engine=engine,
+            objective=OBJECTIVES[config.objective.kind],
+            batches=open_stream(
+                assignment.store, _share(assignment, world), range(progress.step, plan.total_steps)
+            ),
+            eval_batches=_eval_batches(assignment, world),
+            hooks=_hooks(config, saver, tracking, report),
+            progress=progress,
+        )
+        saver.close()
+    try:
+        final = _save_final(assignment, world, built, progress, report)
+    finally:
+        if tracking is not None:
+            tracking.close()
+    world.barrier()
+    return Outcome(
+        progress=asdict(progress),
+        peak_memory_mib=tuple(world.gather(peak_memory_mib(world.device))),
+        engine=choice.kind,
+        trainable=built.trainable,
+        final_bytes=final.size,
+    )
 
 
 def _differences(key: str, there: Any, here: Any) -> Iterator[str]:
@@ -145,73 +218,71 @@ def _differences(key: str, there: Any, here: Any) -> Iterator[str]:
         yield f"  {key}: {there} then, {here} now"
 
 
-def _attempt(action: Callable[[], T], world: World) -> tuple[T | None, str | None]:
-    """What `action` returns, or the first rank's UserError as text, the same on all ranks."""
-    result = error = None
-    try:
-        result = action()
-    except UserError as problem:
-        error = str(problem)
-    errors = [text for text in world.gather(error) if text]
-    return (None, errors[0]) if errors else (result, None)
+def _note(report: Report, text: str) -> None:
+    report("note", {"text": text})
 
 
-def _train_and_save(
-    assignment: Assignment,
-    world: World,
-    engine: engines.Engine,
-    progress: Progress,
-    tracking: Tracking | None,
-    open_stream: OpenStream,
-    report: Report,
-) -> Outcome:
-    config, store = assignment.config, assignment.store
-    plan = assignment.plan
-    share = _share(plan.order, world, config, store)
-    report("start", {"step": progress.step, "total_steps": plan.total_steps, "world_size": world.size})
-    module = engine.module
-    assert isinstance(module, PackedLM)
-    final_bytes = 0
-    if progress.step < plan.total_steps:
-        train(
-            config=config,
-            plan=plan,
-            world=world,
-            engine=engine,
-            objective=OBJECTIVES[config.objective.kind],
-            batches=open_stream(store, share, range(progress.step, plan.total_steps)),
-            eval_batches=_eval_batches(store, world, config),
-            hooks=_hooks(assignment, world, engine, tracking, report),
-            progress=progress,
-        )
-    if world.is_main:
-        report("note", {"text": f"writing {assignment.run.final}"})
-        tokenizer = load_tokenizer(assignment.tokenizer)
-        dtype = compute_dtype(assignment.model.dtype, world.device)
-        final_bytes = save_final(assignment.run, module.model, tokenizer, dtype)
-    if tracking is not None:
-        tracking.close()
-    world.barrier()
-    return Outcome(
-        progress=asdict(progress),
-        peak_memory_mib=tuple(world.gather(peak_memory_mib(world.device))),
-        trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
-        final_bytes=final_bytes,
+# ------------------------------------------------------------------------------------------- building it
+
+
+def _common_dtype(assignment: Assignment, world: World) -> torch.dtype:
+    """What all ranks can compute in."""
+    dtypes = set(world.gather(compute_dtype(assignment.model.dtype, world.device)))
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _choose(assignment: Assignment, world: World, dtype: torch.dtype) -> Choice:
+    base = assignment.base
+    return choose(
+        assignment.config.engine,
+        total=base.total,
+        trainable=base.trainable,
+        frozen_bytes=dtype.itemsize,
+        memory=world.least_memory(),
+        world_size=world.size,
+        gpu=world.device.type == "cuda",
     )
 
 
-def _build_module(assignment: Assignment, world: World) -> PackedLM:
-    config = assignment.config
-    dtype = compute_dtype(assignment.model.dtype, world.device)
-    # All parameters are trained in float32, so they are loaded in it; the computation is in `dtype` all the same.
-    held_in = torch.float32 if config.adapter.kind == "none" else dtype
-    base = load_model(assignment.model, held_in, world.device)
-    decoder, head = parts(base)
-    if _checkpoints_activations(config, world):
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    torch.manual_seed(config.run.seed)  # the same initial adapter on every rank
-    model: nn.Module = adapters.apply(base, config.adapter)
-    return PackedLM(model, decoder, head, dtype)
+def _build(assignment: Assignment, world: World, choice: Choice, dtype: torch.dtype) -> Built:
+    config, base = assignment.config, assignment.base
+    if base.revision is None and fingerprint(Path(assignment.model.name)) != base.fingerprint:
+        raise UserError(
+            f"model.name = {assignment.model.name}: on node {platform.node()} other files lie there than on the node "
+            "that the run was started from. Use a path that all nodes share, or the same files on all of them."
+        )
+    return build(
+        assignment.model,
+        config.adapter,
+        seed=config.run.seed,
+        dtype=dtype,
+        trained_dtype=engines.trained_dtype(choice.kind, dtype),
+        checkpoint_activations=_checkpoints_activations(config, world),
+        autocast=engines.wants_autocast(choice.kind),
+        revision=base.revision,
+    )
+
+
+def _task(assignment: Assignment, world: World, choice: Choice, built: Built, report: Report) -> engines.Task:
+    train, share, plan = assignment.config.train, _share(assignment, world), assignment.plan
+
+    def record(values: dict[str, Any]) -> None:
+        if world.is_main:
+            storage.write_json(assignment.run.ds_config, values)
+
+    return engines.Task(
+        built=built,
+        train=train,
+        engine=choice.settings,
+        world=world,
+        micro_batch=share.micro_batch,
+        accumulation=len(list(share.micro_batches())),
+        total_steps=plan.total_steps,
+        warmup_steps=warmup_steps(train, plan.total_steps),
+        given=assignment.ds_config,
+        say=partial(_note, report),
+        record=record,
+    )
 
 
 def _checkpoints_activations(config: Config, world: World) -> bool:
@@ -219,20 +290,20 @@ def _checkpoints_activations(config: Config, world: World) -> bool:
     return wanted == "full" or (wanted == "auto" and world.device.type == "cuda")
 
 
+# ------------------------------------------------------------------------------------- where it stands
+
+
 def _where_to_start(assignment: Assignment, world: World, report: Report) -> tuple[str, Manifest] | None:
-    """The newest checkpoint that verifies. A collective: rank 0 looks, so that all ranks start from the same one.
+    """The newest checkpoint that verifies. A collective.
 
     Raises:
         UserError: it was made with another model, data set, seed ...
     """
     root = assignment.run.checkpoints
-    found = checkpoint.newest(root, lambda text: report("warning", {"text": text})) if world.is_main else None
-    path: str | None = world.broadcast(found[0] if found else None)
-    if path is None:
-        return None
-    manifest = found[1] if found else checkpoint.read_manifest(path)
-    require_same_run(assignment, manifest)
-    return path, manifest
+    found = checkpoint.newest(root, world, lambda text: report("warning", {"text": text}))
+    if found is not None:
+        require_same_run(assignment, found[1])
+    return found
 
 
 def require_same_run(assignment: Assignment, manifest: Manifest) -> None:
@@ -247,8 +318,39 @@ def require_same_run(assignment: Assignment, manifest: Manifest) -> None:
         raise UserError(
             f"run.name = {name}: this run was begun with other settings:\n"
             + "\n".join(changed)
+            + _WEIGHTS_CHANGED * any("model.weights" in line for line in changed)
             + "\nSet them back to resume it, or choose another run.name to start anew."
         )
+
+
+def _require_same_parameters(built: Built, reader: Reader) -> None:
+    """Refuses the checkpoint of another model or adapter.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    expected, found = _shapes(built), reader.shapes
+    changed = [n for n in expected if n in found and list(found[n]) != expected[n]]
+    missing = [n for n in expected if n not in found]
+    foreign = [n for n in found if n not in expected]
+    if changed or missing or foreign:
+        lines = ["the checkpoint is of another model or adapter:"]
+        lines += [f"  {n}: {list(found[n])} there, {expected[n]} here" for n in changed[:3]]
+        lines += [f"  {n}: not in the checkpoint" for n in missing[:3]]
+        lines += [f"  {n}: in the checkpoint only" for n in foreign[:3]]
+        lines.append(
+            "Take the model and adapter settings it was made with, or another run.name to start anew."
+        )
+        raise UserError("\n".join(lines))
+
+
+def _shapes(built: Built) -> dict[str, list[int]]:
+    """Of all tensors of a checkpoint."""
+    kinds = ("model", *engines.MOMENTS)
+    return {f"{kind}/{name}": list(shape) for kind in kinds for name, shape in built.trained.items()}
+
+
+# ---------------------------------------------------------------------------------------- what it uses
 
 
 def _open_tracking(
@@ -266,46 +368,112 @@ def _open_tracking(
     )
 
 
-def _share(order: Order, world: World, config: Config, store: Store) -> Share:
+def _share(assignment: Assignment, world: World, order: Order | None = None) -> Share:
+    """The rank's part of the training data, or of that of another order."""
+    order = order or assignment.plan.order
+    wanted = assignment.config.train.micro_batch
+    seq_len = assignment.store.manifest.seq_len
+    micro_batch = max(1, AUTO_MICRO_BATCH_TOKENS // seq_len) if wanted == "auto" else wanted
     largest_share = len(order.slots(0, world.size))
-    wanted = config.train.micro_batch
-    micro_batch = max(1, AUTO_MICRO_BATCH_TOKENS // store.manifest.seq_len) if wanted == "auto" else wanted
     return Share(order, world.rank, world.size, min(micro_batch, largest_share))
 
 
-def _eval_batches(store: Store, world: World, config: Config) -> Callable[[], Iterator[list[Batch]]] | None:
+def _eval_batches(assignment: Assignment, world: World) -> Callable[[], Iterator[list[Batch]]] | None:
+    store = assignment.store
     if store.manifest.eval.num_packs == 0:
         return None
     order = store.order("eval", EVAL_BATCH, seed=None)
-    share = _share(order, world, config, store)
+    share = _share(assignment, world, order)
     return lambda: read(store, "eval", share, range(order.steps_per_epoch))
 
 
-def _hooks(
-    assignment: Assignment,
-    world: World,
-    engine: engines.Engine,
-    tracking: Tracking | None,
-    report: Report,
-) -> Hooks:
-    config, root = assignment.config, assignment.run.checkpoints
+def _saver(
+    assignment: Assignment, world: World, engine: engines.Engine, built: Built, report: Report
+) -> Saver:
+    def done(written: Written) -> None:
+        report("checkpoint", {"step": written.label.step, **asdict(written)})
 
+    return Saver(
+        root=assignment.run.checkpoints,
+        config=assignment.config.checkpoint,
+        identity=assignment.identity,
+        engine=engine,
+        shapes=_shapes(built),
+        world=world,
+        done=done,
+        warn=lambda text: report("warning", {"text": text}),
+    )
+
+
+def _hooks(config: Config, saver: Saver, tracking: Tracking | None, report: Report) -> Hooks:
     def log(row: Row) -> None:
-        is_eval = "eval_loss" in row
+        is_step = "loss" in row
         if tracking is not None:
-            tracking.log(row, plot=is_eval or row["step"] % config.train.logging_steps == 0)
-        report("eval" if is_eval else "step", row)
+            tracking.log(row, plot=not is_step or row["step"] % config.train.logging_steps == 0)
+        if is_step:
+            report("step", row)
+        elif "eval_loss" in row:
+            report("eval", row)
 
-    def save(step: int, progress: Progress) -> None:
-        started = time.perf_counter()
+    def save(progress: Progress) -> float:
         if tracking is not None:
             tracking.flush()
-        path = checkpoint.save(root, step, engine.state(), assignment.identity, asdict(progress), world)
-        if world.is_main:
-            checkpoint.prune(root, config.checkpoint.keep, newest=step)
-        report("checkpoint", {"step": step, "path": path, "seconds": time.perf_counter() - started})
+        measured = progress.last_eval_loss if progress.eval_step == progress.step else None
+        waited = saver.save(Label(progress.step, asdict(progress), measured))
+        if waited > LONG_WAIT_S:
+            report(
+                "note",
+                {"text": f"step {progress.step}: training stood still for a checkpoint for {waited:.0f}s"},
+            )
+        return waited
 
     return Hooks(log=log, checkpoint=save)
+
+
+# --------------------------------------------------------------------------------------- what it leaves
+
+
+def _save_final(
+    assignment: Assignment, world: World, built: Built, progress: Progress, report: Report
+) -> Final:
+    """Makes final/ from the last checkpoint.
+
+    Raises:
+        UserError: that checkpoint could not be written.
+    """
+    config, run = assignment.config, assignment.run
+    path = checkpoint.directory(run.checkpoints, progress.step)
+    try:
+        reader = Reader(path, checkpoint.verify(path, world))
+    except checkpoint.CheckpointError as error:
+        raise UserError(
+            f"all steps are done, but their checkpoint is not complete: {error}\nMake room under run.storage; the same "
+            f"command with run.name={run.name} goes on from the one before."
+        ) from error
+    report("note", {"text": f"writing {run.final}"})
+    data = assignment.store.manifest
+    card = model_card(config, data.fingerprint, data.train.num_docs, asdict(progress), built.trainable)
+    tokenizer = world.together(lambda: load_tokenizer(assignment.tokenizer))
+    try:
+        final = save_final(
+            run,
+            assignment.model,
+            config.adapter,
+            reader,
+            tokenizer,
+            built.module.dtype,
+            card,
+            world,
+            assignment.base.revision,
+        )
+    except ExportError as error:
+        raise UserError(
+            f"all steps are done, but {run.final} can't be saved: {error}\nThe checkpoint of step "
+            f"{progress.step} stays, and the same command with run.name={run.name} saves it again."
+        ) from error
+    if (text := describe(final)) is not None:
+        report("warning", {"text": text})
+    return final
 
 
 def peak_memory_mib(device: torch.device) -> float:

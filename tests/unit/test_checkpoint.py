@@ -1,153 +1,341 @@
-"""Checkpoints, the run directory and storage: whole or not at all, and damage never goes unnoticed."""
+"""Checkpoints and storage: whole or not at all, and damage never goes unnoticed."""
 
 from __future__ import annotations
 
-import json
+import errno
+import os
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
+import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from raytune_ds import checkpoint, storage
-from raytune_ds.checkpoint import CheckpointError, Reader
-from raytune_ds.rundir import MetricsFile, RunDir, parse_lines
+from raytune_ds.checkpoint import CheckpointError, Manifest, Reader, ShardFile
+from raytune_ds.engines import Piece
+from raytune_ds.rundir import RunDir
 from raytune_ds.world import World
 
 IDENTITY = {"model": "tiny:qwen2", "adapter": {"r": 8}}
 PROGRESS = {"step": 0, "tokens": 12, "last_loss": 1.5, "first_loss": None}
+ALONE = World.alone()
+
+State = dict[str, torch.Tensor]
 
 
-def state(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Tensors of several types and shapes."""
+def state(seed: int = 0) -> State:
+    """Float32 tensors of several shapes; 64 elements or 256 bytes in all."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        "model/a": torch.randn(8, 4, generator=generator),
-        "model/b": torch.randn(16, generator=generator).to(torch.bfloat16),
-        "exp_avg/a": torch.randn(4, 8, generator=generator).T,
-        "step/a": torch.tensor([3.0]),
-        "count": torch.tensor([[1, 2], [3, 4]]),
-    }
+    shapes = {"model/a": (8, 4), "model/b": (16,), "exp_avg/a": (5, 3), "model/one": (), "model/none": (0, 2)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def save(root: Path | str, step: int, **tensors: torch.Tensor) -> str:
-    return checkpoint.save(str(root), step, tensors or state(step), IDENTITY, PROGRESS, World.alone())
+def pieces(tensors: State, rank: int = 0, size: int = 1) -> Iterator[Piece]:
+    """The share of a rank: as much of every tensor as the others have."""
+    for name, tensor in tensors.items():
+        first, last = tensor.numel() * rank // size, tensor.numel() * (rank + 1) // size
+        yield Piece(name, first, tensor.reshape(-1)[first:last])
+
+
+def manifest_of(step: int, tensors: State, files: Sequence[ShardFile], loss: float | None = None) -> Manifest:
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    return Manifest(step, step - 1, IDENTITY, PROGRESS, loss, shapes, tuple(files))
+
+
+def save(
+    root: Path | str, step: int, tensors: State | None = None, ranks: int = 1, loss: float | None = None
+) -> str:
+    """A whole checkpoint, as `ranks` ranks write it."""
+    path, tensors = checkpoint.directory(str(root), step), state(step) if tensors is None else tensors
+    storage.delete_dir(path)
+    files: list[ShardFile] = []
+    for rank in range(ranks):
+        files += checkpoint.write_shards(path, rank, pieces(tensors, rank, ranks))
+    checkpoint.write_manifest(path, manifest_of(step, tensors, files, loss))
+    return path
+
+
+def read_all(path: str) -> State:
+    reader = Reader(path, checkpoint.verify(path, ALONE))
+    return {name: reader.whole(name) for name in reader.shapes}
 
 
 def refuse_warnings(text: str) -> None:
     raise AssertionError(f"warned: {text}")
 
 
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_equal(found: State, expected: State) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
-
-
-def read_all(path: str) -> dict[str, torch.Tensor]:
-    reader = Reader(path, checkpoint.verify(path))
-    return {name: reader(name) for name in reader.names}
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], tensor), name
 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 200)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 100)
 
 
 # ---- round trip -----------------------------------------------------------------------------------
 
 
-def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
-    path = save(tmp_path, 120)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_what_is_saved_is_read_back(tmp_path: Path, small_shards: None, ranks: int) -> None:
+    path = save(tmp_path, 120, ranks=ranks, loss=0.25)
     assert path == f"{tmp_path}/step-00000120"
-    found = checkpoint.newest(str(tmp_path), refuse_warnings)
+    found = checkpoint.newest(str(tmp_path), ALONE, refuse_warnings)
     assert found is not None
-    assert (found[0], found[1].step, found[1].identity, found[1].progress) == (path, 120, IDENTITY, PROGRESS)
+    assert found[0] == path
+    manifest = found[1]
+    assert (manifest.step, manifest.updates, manifest.eval_loss) == (120, 119, 0.25)
+    assert (manifest.identity, manifest.progress) == (IDENTITY, PROGRESS)
+    assert manifest.size == sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
     assert_equal(read_all(path), state(120))
 
 
 def test_the_reader_knows_shapes_and_reads_in_any_order(tmp_path: Path, small_shards: None) -> None:
     path = save(tmp_path, 1)
     reader = Reader(path, checkpoint.read_manifest(path))
-    assert reader.names == {name: tensor.shape for name, tensor in state().items()}
-    for name in (*reversed(reader.names), *reader.names):
-        assert torch.equal(reader(name), state(1)[name])
+    assert reader.shapes == {name: tensor.shape for name, tensor in state(1).items()}
+    for name in (*reversed(reader.shapes), *reader.shapes):
+        assert torch.equal(reader.whole(name), state(1)[name])
+        assert torch.equal(reader(name, 0, reader.shapes[name].numel()), state(1)[name].reshape(-1))
 
 
-def test_shards_are_bounded(tmp_path: Path, small_shards: None) -> None:
-    tensors = {f"t{i}": torch.full((20,), float(i)) for i in range(6)} | {"large": torch.ones(100)}
-    path = save(tmp_path, 1, **tensors)
-    shards = [set(file.tensors) for file in checkpoint.read_manifest(path).files]
-    # 80 bytes each: two fit into 200. A tensor that fits nowhere has a shard of its own.
-    assert shards == [{"t0", "t1"}, {"t2", "t3"}, {"t4", "t5"}, {"large"}]
-    assert_equal(read_all(path), tensors)
+def test_files_are_bounded_and_tensors_are_cut_to_fill_them(tmp_path: Path, small_shards: None) -> None:
+    tensors = {f"t{i}": torch.arange(10.0) + i for i in range(3)} | {"large": torch.arange(60.0)}
+    files = checkpoint.read_manifest(save(tmp_path, 1, tensors)).files
+    # 100 bytes are 25 elements.
+    assert [file.ranges for file in files] == [
+        {"t0": [0, 10], "t1": [0, 10], "t2": [0, 5]},
+        {"t2": [5, 10], "large": [0, 20]},
+        {"large": [20, 45]},
+        {"large": [45, 60]},
+    ]
+    assert [file.name for file in files] == [f"rank-00000-0000{i}.safetensors" for i in range(4)]
+    assert_equal(read_all(f"{tmp_path}/step-00000001"), tensors)
 
 
-def test_newest_is_by_step_and_prune_keeps_the_newest(tmp_path: Path) -> None:
+def test_a_file_that_is_just_full_is_followed_by_no_empty_one(tmp_path: Path, small_shards: None) -> None:
+    assert [f.ranges for f in checkpoint.read_manifest(save(tmp_path, 1, {"t": torch.ones(50)})).files] == [
+        {"t": [0, 25]},
+        {"t": [25, 50]},
+    ]
+
+
+def test_a_rank_with_nothing_to_write_writes_nothing(tmp_path: Path) -> None:
+    assert checkpoint.write_shards(str(tmp_path), 7, []) == []
+    assert checkpoint.write_shards(str(tmp_path), 7, [Piece("a", 3, torch.ones(0))]) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_plain_safetensors_that_other_tools_open(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, ranks=2)
+    first, second = (safetensors.torch.load_file(file) for file in sorted(Path(path).glob("*.safetensors")))
+    assert torch.equal(torch.cat([first["model/b"], second["model/b"]]), state(1)["model/b"])
+
+
+def test_all_is_kept_in_float32_whatever_it_was_and_wherever_it_lay(tmp_path: Path) -> None:
+    matrix = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    columns, half, wide = matrix[:, 1], matrix.bfloat16().reshape(-1), matrix.double().reshape(-1)
+    assert not columns.is_contiguous()
+    files = checkpoint.write_shards(
+        str(tmp_path), 0, [Piece("columns", 0, columns), Piece("half", 0, half), Piece("wide", 0, wide)]
+    )
+    expected = {"columns": columns.clone(), "half": half.float(), "wide": wide.float()}
+    (file,) = tmp_path.iterdir()
+    assert {tensor.dtype for tensor in safetensors.torch.load_file(file).values()} == {torch.float32}
+    reader = Reader(str(tmp_path), manifest_of(1, expected, files))
+    assert_equal({name: reader.whole(name) for name in expected}, expected)
+
+
+def test_writing_needs_memory_for_one_file_at_a_time(tmp_path: Path, small_shards: None) -> None:
+    on_disk = []
+
+    def asked_for() -> Iterator[Piece]:
+        for number in range(4):
+            on_disk.append(len(list(tmp_path.iterdir())))
+            yield Piece(f"t{number}", 0, torch.ones(25))
+
+    checkpoint.write_shards(str(tmp_path), 0, asked_for())
+    assert on_disk == [0, 1, 2, 3]
+
+
+def test_a_reader_opens_no_file_that_it_does_not_need(tmp_path: Path, small_shards: None) -> None:
+    path = save(tmp_path, 1, {"t": torch.arange(75.0)})
+    reader = Reader(path, checkpoint.read_manifest(path))
+    for number in (0, 2):
+        Path(f"{path}/rank-00000-0000{number}.safetensors").unlink()
+    assert reader("t", 25, 50).tolist() == list(range(25, 50))
+    assert reader("t", 10, 10).numel() == 0
+    with pytest.raises(FileNotFoundError, match="rank-00000-00002"):
+        reader("t", 49, 51)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_range_is_read_back_however_it_was_cut(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    shapes = data.draw(st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=3))
+    ranks = data.draw(st.integers(1, 4))
+    path, count, files, tensors = str(tmp_path_factory.mktemp("cut")), 0, [], {}
+    shares: list[list[Piece]] = [[] for _ in range(ranks)]
+    for number, shape in enumerate(shapes):
+        size = torch.Size(shape).numel()
+        tensors[f"t/{number}"] = torch.arange(count, count + size, dtype=torch.float32).view(shape)
+        count += size
+        cuts = [
+            0,
+            *sorted(data.draw(st.lists(st.integers(0, size), min_size=ranks - 1, max_size=ranks - 1))),
+            size,
+        ]
+        for rank, owner in enumerate(data.draw(st.permutations(range(ranks)))):
+            start, stop = cuts[rank], cuts[rank + 1]
+            piece = Piece(f"t/{number}", start, tensors[f"t/{number}"].reshape(-1)[start:stop])
+            shares[owner] += [piece] if start < stop else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "SHARD_BYTES", data.draw(st.integers(1, 40)) * 4)
+        for rank, share in enumerate(shares):
+            files += checkpoint.write_shards(path, rank, share)
+        limit = checkpoint.SHARD_BYTES // 4
+    assert all(sum(stop - start for start, stop in file.ranges.values()) <= limit for file in files)
+    # The order of the files does not matter.
+    checkpoint.write_manifest(path, manifest_of(1, tensors, data.draw(st.permutations(files))))
+    manifest = checkpoint.verify(path, ALONE)
+    reader = Reader(path, manifest)
+    for name, tensor in tensors.items():
+        assert torch.equal(reader.whole(name), tensor)
+        start = data.draw(st.integers(0, tensor.numel()))
+        stop = data.draw(st.integers(start, tensor.numel()))
+        assert torch.equal(reader(name, start, stop), tensor.reshape(-1)[start:stop])
+
+
+# ---- which one is taken ---------------------------------------------------------------------------
+
+
+def test_the_newest_is_by_step(tmp_path: Path) -> None:
     for step in (5, 100, 20):
         save(tmp_path, step)
     assert checkpoint.steps(str(tmp_path)) == [5, 20, 100]
-    checkpoint.prune(str(tmp_path), keep=2, newest=100)
-    assert checkpoint.steps(str(tmp_path)) == [20, 100]
-    found = checkpoint.newest(str(tmp_path), refuse_warnings)
+    found = checkpoint.newest(str(tmp_path), ALONE, refuse_warnings)
     assert found is not None
     assert found[1].step == 100
 
 
 def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:
-    for name in ("step-12", "step-00000012.tmp", "xstep-00000012", "notes"):
+    for name in ("step-12", "step-00000012.tmp", "xstep-00000012", "rehearsal", "notes"):
         (tmp_path / name).mkdir()
     assert checkpoint.steps(str(tmp_path)) == []
     assert checkpoint.steps(f"{tmp_path}/absent") == []
-    assert checkpoint.newest(str(tmp_path), refuse_warnings) is None
+    assert checkpoint.newest(str(tmp_path), ALONE, refuse_warnings) is None
+
+
+def test_one_without_a_manifest_is_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    Path(save(tmp_path, 20), "manifest.json").unlink()
+    (tmp_path / "step-00000030").mkdir()
+    warnings: list[str] = []
+    found = checkpoint.newest(str(tmp_path), ALONE, warnings.append)
+    assert found is not None
+    assert found[1].step == 10
+    assert len(warnings) == 2
+    assert "step-00000030: no manifest" in warnings[0]
+    assert "step-00000020: no manifest" in warnings[1]
+
+
+def test_one_under_the_name_of_another_is_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    Path(save(tmp_path, 20)).rename(tmp_path / "step-00000040")
+    warnings: list[str] = []
+    found = checkpoint.newest(str(tmp_path), ALONE, warnings.append)
+    assert found is not None
+    assert found[1].step == 10
+    assert warnings == [f"checkpoint passed over: {tmp_path}/step-00000040: holds step 20"]
+
+
+# ---- cleaning -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("losses", "keep", "left"),
+    [
+        ({5: None, 20: None, 100: None}, 2, [20, 100]),
+        ({5: None, 20: None, 100: None}, 9, [5, 20, 100]),
+        ({1: 0.9, 2: 0.5, 3: 0.7, 4: 0.8}, 1, [2, 4]),
+        ({1: 0.9, 2: 0.5, 3: 0.7, 4: 0.4}, 1, [4]),
+        ({1: 0.9, 2: 0.5, 3: None, 4: None}, 2, [2, 3, 4]),
+        ({1: None, 2: 0.5, 3: 0.6, 4: None}, 1, [2, 4]),
+        ({1: 0.5, 2: 0.5, 3: 0.5, 4: 0.6}, 1, [3, 4]),  # of equal ones the newest
+        ({1: -0.1, 2: 0.0, 3: 0.6}, 1, [1, 3]),
+    ],
+)
+def test_pruning_keeps_the_newest_and_the_best(
+    tmp_path: Path, losses: dict[int, float | None], keep: int, left: list[int]
+) -> None:
+    for step, loss in losses.items():
+        save(tmp_path, step, loss=loss)
+    checkpoint.prune(str(tmp_path), keep, newest=max(losses))
+    assert checkpoint.steps(str(tmp_path)) == left
+    for step in left:
+        assert_equal(read_all(checkpoint.directory(str(tmp_path), step)), state(step))
+
+
+def test_a_loss_that_is_not_a_number_is_not_the_best(tmp_path: Path) -> None:
+    for step, loss in {1: float("nan"), 2: 0.5, 3: 0.6}.items():
+        save(tmp_path, step, loss=loss)
+    checkpoint.prune(str(tmp_path), 1, newest=3)
+    assert checkpoint.steps(str(tmp_path)) == [2, 3]
 
 
 def test_what_a_crash_left_half_written_does_not_push_out_good_checkpoints(tmp_path: Path) -> None:
     save(tmp_path, 20)
-    (
-        tmp_path / "step-00000030"
-    ).mkdir()  # died while it was written; then the run went on from 20 and saved at 25
+    # Died while it was written; then the run went on from 20 and saved at 25.
+    Path(save(tmp_path, 22), "manifest.json").unlink()
+    (tmp_path / "step-00000030").mkdir()
     save(tmp_path, 25)
-    checkpoint.prune(str(tmp_path), keep=1, newest=25)
-    assert checkpoint.steps(str(tmp_path)) == [25]
+    checkpoint.prune(str(tmp_path), keep=2, newest=25)
+    assert checkpoint.steps(str(tmp_path)) == [20, 25]
 
 
-def test_saving_again_leaves_nothing_of_an_interrupted_attempt(tmp_path: Path) -> None:
-    stale = tmp_path / "step-00000007" / "rank-00005-00000.safetensors"
-    stale.parent.mkdir()
-    stale.write_bytes(b"half")
-    path = save(tmp_path, 7)
-    assert not stale.exists()
-    assert_equal(read_all(path), state(7))
+def test_what_is_newer_than_the_run_goes(tmp_path: Path) -> None:
+    # It was damaged, so the run went on from an older one; its loss and age count for nothing.
+    for step, loss in {10: 0.9, 20: 0.8, 30: 0.1}.items():
+        save(tmp_path, step, loss=loss)
+    checkpoint.prune(str(tmp_path), keep=1, newest=20)
+    assert checkpoint.steps(str(tmp_path)) == [20]
 
 
-def test_the_manifest_is_written_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_shards: None
+def test_pruning_leaves_everything_else_alone(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "notes").mkdir()
+    checkpoint.prune(str(tmp_path), keep=1, newest=1)
+    checkpoint.prune(f"{tmp_path}/absent", keep=1, newest=1)
+    assert storage.list_names(str(tmp_path)) == ["notes", "step-00000001"]
+
+
+def test_one_that_could_not_be_read_this_once_is_not_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    num_files = len(list(Path(save(tmp_path, 1)).iterdir()))
-    assert num_files > 2
-    written: list[str] = []
-    write_bytes = storage.write_bytes
+    for step in (1, 2):
+        save(tmp_path, step)
+    read_bytes = storage.read_bytes
 
-    def fail_at_the_last(path: str, content: bytes) -> None:
-        written.append(path)
-        if len(written) == num_files:
-            raise OSError("no space left on device")
-        write_bytes(path, content)
+    def fail_once(path: str) -> bytes:
+        monkeypatch.setattr(storage, "read_bytes", read_bytes)
+        raise OSError(errno.ETIMEDOUT, "the store did not answer")
 
-    monkeypatch.setattr(storage, "write_bytes", fail_at_the_last)
-    with pytest.raises(OSError, match="no space"):
-        save(tmp_path, 2)
-    assert written[-1].endswith("manifest.json")
-    warnings: list[str] = []
-    found = checkpoint.newest(str(tmp_path), warnings.append)
-    assert found is not None
-    assert found[1].step == 1
-    assert "step-00000002: no manifest" in warnings[0]
+    monkeypatch.setattr(storage, "read_bytes", fail_once)
+    checkpoint.prune(str(tmp_path), keep=2, newest=2)
+    assert checkpoint.steps(str(tmp_path)) == [1, 2]
 
 
 # ---- damage ---------------------------------------------------------------------------------------
@@ -185,45 +373,55 @@ def swap(file: Path, other: Path, rng: random.Random) -> None:
     other.write_bytes(a)
 
 
+def make_foreign(file: Path, other: Path, rng: random.Random) -> None:
+    # Of the checkpoint before: the same names, shapes and size.
+    old = file.parent.parent / "step-00000010" / file.name
+    assert old.stat().st_size == file.stat().st_size
+    file.write_bytes(old.read_bytes())
+
+
+def make_a_folder(file: Path, other: Path, rng: random.Random) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 Damage = Callable[[Path, Path, random.Random], None]
 
 
-@pytest.mark.parametrize("damage", [truncate, lengthen, flip_a_bit, delete, zero, swap])
+@pytest.mark.parametrize(
+    "damage", [truncate, lengthen, flip_a_bit, delete, zero, swap, make_foreign, make_a_folder]
+)
 def test_damage_to_tensors_is_found_and_the_checkpoint_before_is_taken(
     tmp_path: Path, small_shards: None, damage: Damage
 ) -> None:
-    save(tmp_path, 10)
-    for seed in range(20):
+    save(tmp_path, 10, ranks=2)
+    for seed in range(10):
         rng = random.Random(seed)
-        path = save(tmp_path, 20)
+        path = save(tmp_path, 20, ranks=2)
         file, other = rng.sample(sorted(Path(path).glob("*.safetensors")), 2)
         damage(file, other, rng)
-        with pytest.raises(CheckpointError, match="step-00000020/rank-"):
-            checkpoint.verify(path)
+        named = sorted({file.name, other.name} if damage is swap else {file.name})
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.verify(path, ALONE)
+        assert str(caught.value).startswith(f"{path}/{named[0]}: ")
+        if damage in (truncate, lengthen):
+            size = next(f.size for f in checkpoint.read_manifest(path).files if f.name == file.name)
+            assert str(caught.value).endswith(f": {file.stat().st_size} bytes, should be {size}")
         warnings: list[str] = []
-        found = checkpoint.newest(str(tmp_path), warnings.append)
+        found = checkpoint.newest(str(tmp_path), ALONE, warnings.append)
         assert found is not None
         assert found[1].step == 10
-        assert len(warnings) == 1
-        assert warnings[0].startswith(f"checkpoint passed over: {path}/rank-")
+        assert warnings == [f"checkpoint passed over: {caught.value}"]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        truncate,
-        delete,
-        zero,
-        flip_a_bit,
-    ],
-)
+@pytest.mark.parametrize("damage", [truncate, delete, zero, flip_a_bit])
 def test_damage_to_the_manifest_is_found(tmp_path: Path, damage: Damage) -> None:
     save(tmp_path, 10)
     missed = []
     for seed in range(20):
         path = save(tmp_path, 20)
         damage(Path(path) / "manifest.json", Path(), random.Random(seed))
-        found = checkpoint.newest(str(tmp_path), lambda _: None)
+        found = checkpoint.newest(str(tmp_path), ALONE, lambda _: None)
         missed += [seed] if found is None or found[1].step != 10 else []
     assert missed == []
 
@@ -244,72 +442,211 @@ def test_a_manifest_that_makes_no_sense_is_damage(tmp_path: Path, content: str) 
     path = save(tmp_path, 1)
     (Path(path) / "manifest.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"manifest.json: damaged"):
-        checkpoint.verify(path)
+        checkpoint.verify(path, ALONE)
 
 
-def test_damage_after_verification_is_found_when_read(tmp_path: Path) -> None:
+def rewrite(path: str, **changes: Any) -> None:
+    """A manifest whose own checksum is right, and its content is not."""
+    values = {**storage.read_json(f"{path}/manifest.json"), **changes}
+    del values["checksum"]
+    storage.write_json(f"{path}/manifest.json", {**values, "checksum": checkpoint._checksum_of(values)})
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_version_is_refused(tmp_path: Path, version: int) -> None:
     path = save(tmp_path, 1)
-    reader = Reader(path, checkpoint.verify(path))
+    rewrite(path, version=version)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"is of version {version}, and this package reads 2",
+    ):
+        checkpoint.verify(path, ALONE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"nonsense": 1},
+        {"files": 3},
+        {"files": [{"name": "x"}]},
+        {"shapes": {}},
+        {"shapes": None},
+        {"files": []},
+    ],
+)
+def test_a_manifest_that_fits_its_checksum_but_makes_no_sense(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    path = save(tmp_path, 1)
+    rewrite(path, **changes)
+    with pytest.raises(CheckpointError, match=r"manifest.json: damaged"):
+        checkpoint.verify(path, ALONE)
+
+
+def test_truncation_after_verification_is_found_when_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, {"t": torch.ones(100)})
+    reader, begun = (Reader(path, checkpoint.verify(path, ALONE)) for _ in range(2))
+    assert begun("t", 0, 3).tolist() == [1, 1, 1]
     (file,) = Path(path).glob("*.safetensors")
-    flip_a_bit(file, file, random.Random(0))
-    with pytest.raises(CheckpointError, match="checksum"):
-        reader("model/a")
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises((OSError, ValueError)):
+        reader.whole("t")
+    with pytest.raises(OSError, match=f"{file.name}: ends too early"):
+        begun.whole("t")
 
 
-# ---- the run directory ----------------------------------------------------------------------------
+# ---- whether it is whole --------------------------------------------------------------------------
+
+SHAPES = {"a": [3, 4], "b": [], "none": [0]}
 
 
-def lines(run: RunDir) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(run.metrics).read_text().splitlines()]
+def covering(*ranges: tuple[str, int, int]) -> Manifest:
+    """One file a range."""
+    files = tuple(ShardFile(f"{i}", 0, "", {name: [a, b]}) for i, (name, a, b) in enumerate(ranges))
+    return Manifest(1, 1, {}, {}, None, SHAPES, files)
 
 
-def test_after_a_restart_each_step_is_there_once(tmp_path: Path) -> None:
-    run = RunDir(str(tmp_path))
-    first = MetricsFile(run, last_step=-1)
-    for step in range(1, 6):
-        first.write({"step": step, "loss": 1.0 / step})
-        if step == 3:
-            first.write({"step": 3, "eval_loss": 0.5})
-    # It died behind step 5, and the newest checkpoint is of step 3.
-    second = MetricsFile(run, last_step=3)
-    assert [row["step"] for row in lines(run)] == [1, 2, 3, 3]
-    second.write({"step": 4, "loss": 9.0})
-    second.close()
-    assert [(row["step"], row.get("loss")) for row in run.read_metrics()] == [
-        (1, 1.0), (2, 0.5), (3, 1 / 3), (3, None), (4, 9.0),
-    ]  # fmt: skip
+def test_ranges_in_any_order_make_a_whole() -> None:
+    covering(("a", 5, 12), ("b", 0, 1), ("a", 0, 5)).require_whole()
 
 
-def test_a_new_run_begins_with_an_empty_file(tmp_path: Path) -> None:
-    run = RunDir(f"{tmp_path}/new/run")
-    assert run.read_metrics() == []
-    MetricsFile(run, last_step=-1).close()
-    assert Path(run.metrics).read_bytes() == b""
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ([("a", 0, 12)], "b: its end is missing"),
+        ([("a", 0, 11), ("b", 0, 1)], "a: its end is missing"),
+        ([("a", 0, 13), ("b", 0, 1)], "a: its end is missing"),
+        ([("a", 1, 12), ("b", 0, 1)], "a: elements 0 to 1 are missing or there twice"),
+        ([("a", 0, 5), ("a", 7, 12), ("b", 0, 1)], "a: elements 5 to 7 are missing or there twice"),
+        ([("a", 0, 7), ("a", 5, 12), ("b", 0, 1)], "a: elements 5 to 7 are missing or there twice"),
+        ([("a", 0, 12), ("a", 0, 12), ("b", 0, 1)], "a: elements 0 to 12 are missing or there twice"),
+        ([("a", 0, 12), ("a", 3, 4), ("b", 0, 1)], "a: elements 3 to 12 are missing or there twice"),
+        ([("a", 0, 12), ("b", 0, 1), ("none", 0, 1)], "none: its end is missing"),
+    ],
+)
+def test_gaps_and_overlaps_are_refused(
+    tmp_path: Path, ranges: list[tuple[str, int, int]], message: str
+) -> None:
+    manifest = covering(*ranges)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        manifest.require_whole()
+    with pytest.raises(ValueError, match=f"^{message}"):
+        checkpoint.write_manifest(str(tmp_path), manifest)
+    assert list(tmp_path.iterdir()) == [], "not a checkpoint"
+    storage.write_json(f"{tmp_path}/manifest.json", manifest.to_json())
+    with pytest.raises(CheckpointError, match=f"manifest.json: damaged: {message}"):
+        checkpoint.read_manifest(str(tmp_path))
 
 
-@pytest.mark.parametrize("cut", range(1, 25))
-def test_a_line_that_was_not_finished_is_passed_over(tmp_path: Path, cut: int) -> None:
-    run = RunDir(str(tmp_path))
-    whole = b'{"step": 1, "loss": 2.5}\n'
-    Path(run.metrics).write_bytes(whole + b'{"step": 2, "loss": 2.5}\n'[:cut])
-    assert run.read_metrics() == [{"step": 1, "loss": 2.5}]
-    file = MetricsFile(run, last_step=2)
-    file.write({"step": 3})
-    file.close()
-    assert [row["step"] for row in lines(run)] == [1, 3]
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.data())
+def test_only_a_whole_is_whole(data: st.DataObject) -> None:
+    parts = st.tuples(st.integers(0, 6), st.integers(0, 6)).filter(lambda p: p[0] < p[1])
+    ranges = data.draw(st.lists(parts, max_size=4))
+    manifest = replace(covering(*[("a", a, b) for a, b in ranges]), shapes={"a": [6]})
+    counts = [sum(a <= element < b for a, b in ranges) for element in range(6)]
+    try:
+        manifest.require_whole()
+        assert counts == [1] * 6
+    except ValueError:
+        assert counts != [1] * 6
 
 
-def test_a_finished_last_line_counts() -> None:
-    assert parse_lines(b'{"step": 1}\n{"step": 2}\n') == [{"step": 1}, {"step": 2}]
-    assert parse_lines(b"") == []
+def test_a_manifest_survives_being_written(tmp_path: Path) -> None:
+    made = replace(covering(("a", 0, 12), ("b", 0, 1)), eval_loss=1 / 3, progress={"loss": 0.1, "n": None})
+    checkpoint.write_manifest(str(tmp_path), made)
+    read = checkpoint.read_manifest(str(tmp_path))
+    assert read == made
+    assert read.to_json() == made.to_json()
 
 
-def test_rows_are_there_at_once_for_others_to_read(tmp_path: Path) -> None:
-    run = RunDir(str(tmp_path))
-    file = MetricsFile(run, last_step=-1)
-    file.write({"step": 1})
-    assert run.read_metrics() == [{"step": 1}]
-    file.close()
+# ---- several ranks --------------------------------------------------------------------------------
+
+
+@dataclass
+class Meeting:
+    """Where the threads that play ranks wait for each other."""
+
+    size: int
+    values: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.values = [None] * self.size
+        self.barrier = threading.Barrier(self.size, timeout=30)
+
+
+@dataclass(frozen=True)
+class Rank(World):
+    """A rank that is a thread of this process."""
+
+    meeting: Any = None
+
+    def gather(self, value: Any) -> list[Any]:
+        self.meeting.values[self.rank] = value
+        self.meeting.barrier.wait()
+        values = list(self.meeting.values)
+        self.meeting.barrier.wait()
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
+
+def on_all_ranks(size: int, action: Callable[[World], Any]) -> list[Any]:
+    """What `action` returns or raises on each rank."""
+    meeting, results = Meeting(size), [None] * size
+
+    def work(rank: int) -> None:
+        try:
+            results[rank] = action(Rank(rank, size, torch.device("cpu"), None, meeting))
+        except Exception as error:
+            results[rank] = error
+            if not isinstance(error, CheckpointError):
+                meeting.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_all_ranks_hear_of_damage_that_one_of_them_finds(
+    tmp_path: Path, small_shards: None, number: int
+) -> None:
+    save(tmp_path, 10, ranks=2)
+    path = save(tmp_path, 20, ranks=2)
+    files = [file.name for file in checkpoint.read_manifest(path).files]
+    assert len(files) == 4
+    assert on_all_ranks(3, lambda world: checkpoint.verify(path, world).step) == [20, 20, 20]
+    name = [*files, "manifest.json"][number]
+    flip_a_bit(Path(path, name), Path(), random.Random(number))
+    errors = on_all_ranks(3, lambda world: checkpoint.verify(path, world))
+    assert all(isinstance(error, CheckpointError) for error in errors)
+    assert len({str(error) for error in errors}) == 1
+    assert name in str(errors[0])
+    warnings: list[str] = []
+    found = on_all_ranks(3, lambda world: checkpoint.newest(str(tmp_path), world, warnings.append))
+    assert [(place, manifest.step) for place, manifest in found] == [(f"{tmp_path}/step-00000010", 10)] * 3
+    assert len(warnings) == 3
+
+
+def test_the_ranks_share_the_reading(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, 1, ranks=2)
+    opened: list[str] = []
+    open_file = storage.open_file
+
+    def note(path: str) -> Any:
+        opened.append(path.rpartition("/")[2])
+        return open_file(path)
+
+    monkeypatch.setattr(storage, "open_file", note)
+    on_all_ranks(3, lambda world: checkpoint.verify(path, world))
+    assert sorted(opened) == sorted(file.name for file in Path(path).glob("*.safetensors"))
 
 
 # ---- storage --------------------------------------------------------------------------------------
@@ -395,30 +732,18 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "mem://runs"
 
 
-def test_an_object_store_holds_checkpoints_and_metrics(
-    bucket: str, tmp_path: Path, small_shards: None
-) -> None:
+def test_an_object_store_holds_checkpoints(bucket: str, tmp_path: Path, small_shards: None) -> None:
     run = RunDir(f"{bucket}/one")
     for step in (1, 2):
-        path = save(run.checkpoints, step)
+        path = save(run.checkpoints, step, ranks=2)
     assert_equal(read_all(path), state(2))
     (tmp_path / "bucket/runs/one/checkpoints/step-00000002/manifest.json").unlink()
     warnings: list[str] = []
-    found = checkpoint.newest(run.checkpoints, warnings.append)
+    found = checkpoint.newest(run.checkpoints, ALONE, warnings.append)
     assert found is not None
     assert (found[1].step, len(warnings)) == (1, 1)
     checkpoint.prune(run.checkpoints, keep=1, newest=2)
     assert checkpoint.steps(run.checkpoints) == [1], "the one without a manifest goes"
-
-    file = MetricsFile(run, last_step=-1)
-    file.write({"step": 1})
-    file.write({"step": 2})
-    file.flush()
-    assert [row["step"] for row in run.read_metrics()] == [1, 2]
-    file = MetricsFile(run, last_step=1)
-    file.write({"step": 2, "again": True})
-    file.close()
-    assert run.read_metrics() == [{"step": 1}, {"step": 2, "again": True}]
 
     (tmp_path / "final/sub").mkdir(parents=True)
     (tmp_path / "final/sub/x").write_bytes(b"1")
@@ -426,3 +751,11 @@ def test_an_object_store_holds_checkpoints_and_metrics(
     assert storage.read_bytes(f"{run.final}/sub/x") == b"1"
     storage.check_writable(bucket)
     assert storage.list_names(bucket) == ["one"]
+
+
+def test_a_loss_that_is_not_a_number_leaves_the_checkpoint_readable(tmp_path: Path) -> None:
+    """The loss of a skipped step is NaN, which JSON does not have."""
+    manifest = checkpoint.Manifest(1, 1, {}, {"last_loss": float("nan"), "tokens": 5}, float("inf"), {}, ())
+    checkpoint.write_manifest(str(tmp_path), manifest)
+    found = checkpoint.read_manifest(str(tmp_path))
+    assert (found.progress, found.eval_loss) == ({"last_loss": None, "tokens": 5}, None)

@@ -1,0 +1,90 @@
+"""The training loop: when it saves, and what it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from raytune_ds import loop
+from raytune_ds.config import Config
+from raytune_ds.data.batch import Batch, collate
+from raytune_ds.data.order import Order
+from raytune_ds.engines import StepResult
+from raytune_ds.loop import Hooks, Plan, Progress
+from raytune_ds.world import World
+
+
+class StillEngine:
+    """Steps without changing anything."""
+
+    def __init__(self) -> None:
+        self.module = nn.Linear(1, 1)
+        self.updates = 0
+
+    def backward(self, loss: torch.Tensor) -> None:
+        pass
+
+    def step(self, lr: float) -> StepResult:
+        self.updates += 1
+        return StepResult(1.0, skipped=False)
+
+
+def empty_batches() -> Iterator[list[Batch]]:
+    while True:
+        yield [collate([])]
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, losses: list[float], every: int | str
+) -> tuple[list[int], Progress, list[Any]]:
+    """Steps that were saved, in a run of 20 that is evaluated every third step with these losses."""
+    config = Config(train={"max_steps": 20, "eval_steps": 3}, checkpoint={"every_steps": every})
+    measured, saved, rows = iter(losses), [], []
+    monkeypatch.setattr(loop, "mean_loss", lambda *_: next(measured))
+    monkeypatch.setattr(
+        loop, "optimizer_step", lambda *_: {"loss": 1.0, "weight": 1.0, "tokens": 1, "skipped": False}
+    )
+
+    def save(progress: Progress) -> float:
+        saved.append(progress.step)
+        return 0.25
+
+    progress = Progress()
+    loop.train(
+        config=config,
+        plan=Plan.of(config, Order(320, 64, config.train.global_batch, seed=0)),
+        world=World.alone(),
+        engine=StillEngine(),  # type: ignore[arg-type]
+        objective=lambda *_: torch.zeros(()),
+        batches=empty_batches(),
+        eval_batches=lambda: [],
+        hooks=Hooks(log=rows.append, checkpoint=save),
+        progress=progress,
+    )
+    return saved, progress, rows
+
+
+# Before the first step, and after steps 3, 6, 9, 12, 15, 18 and 20.
+LOSSES = [5.0, 4.0, 4.5, 3.0, float("nan"), 3.0, 0.0, 1.0]
+
+
+def test_the_best_evaluations_are_saved_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, progress, _ = run(monkeypatch, LOSSES, "auto")
+    assert saved == [3, 9, 10, 15, 18, 20]  # 15 equals the best
+    assert progress.best_eval_loss == 0.0
+    assert (progress.first_eval_loss, progress.last_eval_loss, progress.eval_step) == (5.0, 1.0, 20)
+
+
+def test_a_fixed_interval_is_kept_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, LOSSES, 8)[0] == [8, 16, 20]
+
+
+def test_standing_still_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, progress, rows = run(monkeypatch, LOSSES, 8)
+    assert progress.checkpoint_wait_s == 0.25 * len(saved)
+    waits = [row for row in rows if "checkpoint_wait_s" in row]
+    assert [(row["step"], row["checkpoint_wait_s"]) for row in waits] == [(step, 0.25) for step in saved]
