@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         ("data", "prepare data and show what will be trained on", _data, _add_data),
         ("chat", "talk to a finished run", _chat, _add_chat),
         ("generate", "answer prompts with a finished run", _generate, _add_generate),
+        ("compare", "runs side by side: a table, and their curves", _compare, _add_compare),
         ("demo", "the bundled demo: a tiny model learns a domain", _demo, _add_demo),
     ):
         base = parser(f"raytune-ds {name}", summary)
@@ -139,6 +140,21 @@ def _sampling(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]  #
     from raytune_ds.generate import Sampling
 
     return Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
+
+
+# ----------------------------------------------------------------------------------------------- compare
+
+
+def _add_compare(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("runs", nargs="*", metavar="RUN", help="run directories, two or more")
+    verb.add_argument("--plot", metavar="FILE", help="draw the loss curves into a .png or .svg file too")
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from raytune_ds.compare import compare
+
+    compare(arguments.runs, arguments.plot)
+    return 0
 
 
 # -------------------------------------------------------------------------------------------------- demo
