@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup train test lint format bench lock clean
+.PHONY: help setup train test parity lint format bench lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -24,6 +24,9 @@ train: $(READY)  ## the demo: a tiny DeepSeek-V3-shaped model learns a domain, i
 
 test: $(READY)  ## all tests: no network, no GPU
 	$(BIN)/python -m pytest tests
+
+parity: $(READY)  ## every engine beside one plain process, the whole table; about twenty minutes on two cores
+	$(BIN)/python -m tests.matrix
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

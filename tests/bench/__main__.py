@@ -22,7 +22,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from raytune_ds.config import AdapterConfig, ModelConfig, TrainConfig
+from raytune_ds import engines
+from raytune_ds.config import AdapterConfig, EngineConfig, ModelConfig, TrainConfig
 from raytune_ds.console import say, table
 from raytune_ds.data.batch import collate
 from raytune_ds.data.formats import to_example
@@ -30,11 +31,9 @@ from raytune_ds.data.packing import first_fit_decreasing
 from raytune_ds.data.template import Encoded, Encoder
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 from raytune_ds.demo.data import general_rows
-from raytune_ds.engines import build
 from raytune_ds.loop import optimizer_step
-from raytune_ds.model import adapters, tiny
-from raytune_ds.model.load import load_model, parts
-from raytune_ds.model.packed import PackedLM
+from raytune_ds.model import tiny
+from raytune_ds.model.build import build
 from raytune_ds.objectives import OBJECTIVES
 from raytune_ds.world import World
 
@@ -42,20 +41,34 @@ ALTERNATIONS = 5
 DOCUMENTS = 256
 SEQ_LEN = 512
 PADDED_BATCH = 8
-CPU = torch.device("cpu")
 
 Step = Callable[[], float]
 
 
 def packed(model_dir: Path, documents: Sequence[Encoded]) -> Step:
     """Our step on all documents; returns the mean loss."""
-    base = load_model(ModelConfig(name=str(model_dir)), torch.float32, CPU)
-    torch.manual_seed(0)
-    module = PackedLM(adapters.apply(base, AdapterConfig()), *parts(base), torch.float32)
-    engine = build("ddp", module, TrainConfig(), World.alone())
+    built = build(
+        ModelConfig(name=str(model_dir)),
+        AdapterConfig(),
+        seed=0,
+        dtype=torch.float32,
+        trained_dtype=torch.float32,
+        checkpoint_activations=False,
+    )
     lengths = np.array([len(d.ids) - 1 for d in documents])
     packs = [_pack([documents[i] for i in members]) for members in first_fit_decreasing(lengths, SEQ_LEN)]
     batches = [collate(packs[i : i + 4]) for i in range(0, len(packs), 4)]
+    task = engines.Task(
+        built=built,
+        train=TrainConfig(),
+        engine=EngineConfig(),
+        world=World.alone(),
+        micro_batch=4,
+        accumulation=len(batches),
+        total_steps=2 * ALTERNATIONS,
+        warmup_steps=0,
+    )
+    engine = engines.build("ddp", task)
     return lambda: optimizer_step(engine, OBJECTIVES["sft"], batches, World.alone(), lr=1e-4)["loss"]
 
 

@@ -1,0 +1,85 @@
+"""Whole runs on Ray with sharding engines: what they save is what they trained, and another engine goes on from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_ds.data.store import Store
+from tests.helpers import Run, step_losses
+
+SETTINGS = (
+    "data.seq_len=128",
+    "data.eval.fraction=0.05",
+    "train.global_batch=5",
+    "train.learning_rate=1e-3",
+    "train.max_steps=6",
+    "scaling.num_workers=2",
+)
+FULL = "adapter.kind=none"
+
+
+def held_out_loss(run: str, storage: Path) -> float:
+    """Plain transformers (and peft) on `final/`, a document a forward pass."""
+    import torch
+    import torch.nn.functional as F
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    final = Path(run) / "final"
+    model: Any
+    if (final / "adapter_config.json").exists():
+        (base,) = (storage / ".models").iterdir()
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), final)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(final)
+    (folder,) = (storage / ".prepared").iterdir()
+    store = Store.find(str(folder))
+    assert store is not None
+    order, reader = store.order("eval", 16, seed=None), store.reader("eval")
+    loss = weight = 0.0
+    for step in range(order.steps_per_epoch):
+        for pack in reader.step(order, step, range(16)):
+            start = 0
+            for length in pack["lengths"].tolist():
+                span = slice(start, start + length)
+                start += length
+                ids, targets, weights = (torch.tensor(pack[n][span]) for n in ("ids", "targets", "weights"))
+                with torch.no_grad():
+                    logits = model(input_ids=ids.long()[None]).logits[0].float()
+                nll = F.cross_entropy(logits, targets.long(), reduction="none")
+                loss += float((nll * weights).sum())
+                weight += float(weights.sum())
+    return loss / weight
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("engine.kind=zero", "engine.stage=2", FULL),
+        ("engine.kind=zero", "engine.stage=3", "adapter.kind=lora", "model.name=tiny:qwen2"),
+        ("engine.kind=fsdp", FULL),
+    ],
+    ids=["zero2-full", "zero3-lora", "fsdp-full"],
+)
+def test_final_gives_the_loss_that_the_run_measured(
+    run: Run, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    result = run(*SETTINGS, *settings)
+    measured, before = result.progress["last_eval_loss"], result.progress["first_eval_loss"]
+    assert measured < before - 1e-3
+    assert held_out_loss(result.run, tmp_path) == pytest.approx(measured, rel=1e-5)
+    assert not (Path(result.run) / "checkpoints" / "rehearsal").exists()
+    if "engine.kind=zero" in settings:
+        assert "train_micro_batch_size_per_gpu" in (Path(result.run) / "ds_config.json").read_text()
+
+
+def test_another_engine_on_more_workers_goes_on_with_the_same_losses(run: Run) -> None:
+    schedule = ("train.lr_scheduler_type=constant", "train.warmup_ratio=0", FULL)
+    whole = run(*SETTINGS, *schedule, "run.name=whole")
+    run(*SETTINGS, *schedule, "run.name=cut", "train.max_steps=3", "engine.kind=zero", "engine.stage=3")
+    cut = run(*SETTINGS, *schedule, "run.name=cut", "engine.kind=fsdp", "scaling.num_workers=3")
+    assert (whole.engine, cut.engine) == ("ddp", "fsdp")
+    assert step_losses(cut.run) == pytest.approx(step_losses(whole.run), rel=1e-5)
