@@ -3,6 +3,7 @@
 The map of the house. A module imports only what stands above it; `tests/unit/test_layers.py` holds that.
 
     errors, console, storage, hub      what a user caused; what people see; files anywhere; the Hugging Face hub
+    tensorfile                         ranges of the tensors in a safetensors file anywhere
     config, keys, yamlfile, compose    the config tree, and how YAML and key=value become one
     data/formats, sources, readers     any row of any file to one `Example`
     data/order                         pure: (seed, epoch, step, slot) to the pack that is read
@@ -10,13 +11,16 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     data/tokenizer, inputs, template   tokenizers; which files a run reads; `Example` to ids and loss weights
     data/scatter, buckets, prepare (R) the Ray Data job: rows, scattered over buckets, packed
     data/share, batch, stream (R)      what a rank reads of a global batch, as `Batch`es, read ahead
-    model/                             load, tiny: models, packed attention and losses, adapters
-    objectives/, engines/              a batch to a loss sum; gradients to an update
-    checkpoint, tracking, export       what a run leaves behind
+    world, rundir                      the ranks; the run directory
+    model/                             tiny models, packed attention and losses, weights by ranges, adapters; build:
+                                       the module that is trained, without weights yet
+    objectives/, engines/              a batch to a loss sum; gradients to an update, and who holds which part
+    checkpoint, saver                  checkpoints, of no engine and no world size; taking them while training goes on
+    tracking, modelcard, export        what else a run leaves behind
     loop, worker                       the training loop; one worker from start to end (no Ray in either)
     generate, evaluate                 answers and scores of a finished run
     check, cluster, launch (R)         what is tried first; the Ray it runs on; a config to a finished run
-    demo/, train, cli                  the bundled demo; the command lines
+    demo/, train, compare, cli         the bundled demo; runs side by side; the command lines
 
 A row's way from a file to a gradient: `inputs` finds files and formats; `prepare` reads them with Ray Data, and its
 tasks turn rows into `Example`s (`formats`), these into ids and weights (`template`), scatter them by a hash of their
@@ -25,5 +29,11 @@ hash of everything that made it. `order` says which pack each slot of each globa
 workers; `stream` fetches a rank's share ahead of time. `loop` sums the loss weights over all ranks first, so that
 `engine.backward(loss_sum / global_weight)` adds up to the gradient of one mean over the whole global batch. The model
 sees packs whose documents do not see each other (`model/attention`) and makes logits only where they are trained on
-(`model/packed`). R marks where Ray is imported.
+(`model/packed`).
+
+A model's way from its files to `final/`: `model/build` makes the module; an engine asks `model/weights` for the ranges
+it keeps, and hands out its state as pieces (name, start, values), which `saver` copies and `checkpoint` writes; whoever
+resumes asks the checkpoint's `Reader` for other ranges, and `export` makes of it what peft or transformers load.
+
+R marks where Ray is imported.
 """

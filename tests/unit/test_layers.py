@@ -19,17 +19,19 @@ ROOT = Path(raytune_ds.__file__).parent
 # From the ground up. A package's own __init__ counts as one module; those of the first line import nothing at all.
 ROOMS = """
     raytune_ds data model demo
-    errors storage console hub config keys aliases yamlfile problems compose confighelp plan command demo.data
-    data.formats data.sources data.readers_lines data.readers_json data.readers data.order data.packing data.store
-    data.share data.tokenizer data.inputs
+    errors storage tensorfile console hub config keys aliases yamlfile problems compose confighelp plan command
+    demo.data data.formats data.sources data.readers_lines data.readers_json data.readers data.order data.packing
+    data.store data.share data.tokenizer data.inputs
     data.template data.scatter data.buckets data.batch data.stream data.prepare data.show
     world rundir
-    model.tiny model.attention model.packed model.load model.adapters
+    model.tiny model.attention model.packed model.weights model.load model.adapters model.build
     schedule
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo
-    engines engines.ddp engines.fsdp engines.zero
-    checkpoint tracking export loop worker generate evaluate
-    check cluster display launch sweep demo.run train cli __main__
+    engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
+    engines.ds.stage engines.ds.autos engines.ds.config
+    engines.choose engines.fill engines engines.adamw engines.ddp engines.fsdp engines.zero
+    checkpoint saver tracking modelcard export loop worker generate evaluate
+    check cluster display launch sweep demo.run train compare cli __main__
 """.split()
 
 LIGHT = """
