@@ -9,8 +9,9 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from raytune_ds.aliases import close, suggestions
-from raytune_ds.config import SECRET_NAME, SourceConfig, holds_credentials
+from raytune_ds.config import SourceConfig
 from raytune_ds.keys import KeyPath, field, list_around, section_of
+from raytune_ds.section import SECRET_NAME, holds_credentials
 
 Where = Callable[[KeyPath], str]
 

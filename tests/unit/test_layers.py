@@ -19,7 +19,8 @@ ROOT = Path(raytune_ds.__file__).parent
 # From the ground up. A package's own __init__ counts as one module; those of the first line import nothing at all.
 ROOMS = """
     raytune_ds data model demo
-    errors storage tensorfile console hub config keys aliases yamlfile problems compose confighelp plan command
+    errors storage tensorfile console hub section clusterconfig config keys aliases yamlfile problems compose
+    confighelp plan command deploy deploy.instances deploy.layout deploy.render
     demo.data data.formats data.sources data.readers_lines data.readers_json data.readers data.order data.packing
     data.store data.share data.tokenizer data.inputs
     data.template data.scatter data.buckets data.batch data.stream data.prepare data.show
@@ -35,7 +36,8 @@ ROOMS = """
 """.split()
 
 LIGHT = """
-    errors storage console hub config keys aliases yamlfile problems compose confighelp plan command demo.data
+    errors storage console hub section clusterconfig config keys aliases yamlfile problems compose confighelp plan
+    command deploy deploy.instances deploy.layout deploy.render demo.data
     data.formats data.sources data.readers_lines data.readers_json data.readers data.order
 """.split()
 HEAVY = ("torch", "ray", "transformers")

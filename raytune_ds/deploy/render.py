@@ -1,0 +1,120 @@
+"""The files of a cluster, made from a config: one template a target, one `Layout` for all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import jinja2
+import yaml
+
+from raytune_ds.compose import differences
+from raytune_ds.config import Config
+from raytune_ds.deploy.layout import Layout, lay_out
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a run goes.
+
+    Attributes:
+        template: below `templates/`.
+        file: what the project's own copy of the result for the default config is called.
+        shares: whether the nodes share `cluster.shared_dir`.
+    """
+
+    template: str
+    file: str
+    shares: Callable[[Config], bool]
+
+
+TARGETS: dict[str, Target] = {
+    "aws": Target("aws.yaml.j2", "cluster/aws.yaml", lambda c: c.cluster.aws.file_system is not None),
+    "gcp": Target("gcp.yaml.j2", "cluster/gcp.yaml", lambda c: c.cluster.gcp.file_share is not None),
+    "onprem": Target("onprem.yaml.j2", "cluster/onprem.yaml", lambda _: True),
+    "kuberay-cluster": Target(
+        "kuberay-cluster.yaml.j2", "cluster/kuberay-cluster.yaml", lambda c: _claims(c)
+    ),
+    "kuberay-job": Target("kuberay-job.yaml.j2", "cluster/kuberay-job.yaml", lambda c: _claims(c)),
+    "kuberay-service": Target(
+        "kuberay-service.yaml.j2", "cluster/kuberay-service.yaml", lambda c: _claims(c)
+    ),
+    "compose": Target("compose.yaml.j2", "docker/compose.yaml", lambda _: True),
+    "slurm": Target("slurm.sh.j2", "cluster/slurm.sh", lambda _: True),
+}
+
+
+def _claims(config: Config) -> bool:
+    return config.cluster.kubernetes.claim is not None
+
+
+def render(config: Config, target: str) -> tuple[str, Layout]:
+    """The file of a target, and the nodes it describes.
+
+    Args:
+        config: of the run.
+        target: a key of TARGETS.
+
+    Raises:
+        UserError: the target can never place the run.
+    """
+    chosen = TARGETS[target]
+    layout = lay_out(config, target, chosen.shares(config))
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("raytune_ds.deploy"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
+    text = environment.get_template(chosen.template).render(
+        cluster=config.cluster,
+        layout=layout,
+        run=config.run,
+        settings=settings(config, layout),
+        target=target,
+        ray_version=version("ray"),
+    )
+    return text, layout
+
+
+def settings(config: Config, layout: Layout) -> str:
+    """What of the config a run there needs to be told, as YAML: all that is not a default, and where its storage is."""
+    tree: dict[str, Any] = {}
+    for key, (_, value) in differences(Config(), config).items():
+        if not key.startswith("cluster."):
+            *sections, last = key.split(".")
+            place = tree
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[last] = value
+    tree.setdefault("run", {})["storage"] = layout.storage
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+
+
+def describe(layout: Layout) -> str:
+    """The nodes and their price, for people."""
+    node = layout.node
+    workers = (
+        "as many workers as there is room for"
+        if layout.num_workers is None
+        else f"{layout.num_workers} worker(s)"
+    )
+    each = f"{layout.cpus_per_worker} CPU(s)" + (" and a GPU" if layout.use_gpu else "")
+    gpus = f"{node.gpus} {node.gpu or 'GPU(s)'}, " if node.gpus else ""
+    lines = [
+        f"{workers} of {each}, {layout.workers_per_node} on a node of {gpus}{node.cpus} CPUs and {node.memory_gib} GiB"
+        f"; {layout.min_nodes} to {layout.max_nodes} nodes",
+        f"run.storage: {layout.storage}",
+    ]
+    if layout.price is not None:
+        lines.append(
+            f"about {layout.price:,.2f} US dollars an hour with all nodes up, by list prices on demand of late 2025; "
+            "spot nodes cost about a third of it"
+        )
+    return "\n".join(lines)
