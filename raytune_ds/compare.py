@@ -148,7 +148,7 @@ def _short_name(place: str, others: Sequence[str]) -> str:
 def _read_run(run: RunDir, name: str) -> Run:
     config = _read_config(run)
     rows = _read_rows(run)
-    return Run(name, dict(_flat(config)), _read_result(run, rows), rows, _checkpoint_bytes(run))
+    return Run(name, dict(_flat(config)), _read_object(run.result) or {}, rows, _checkpoint_bytes(run))
 
 
 def _read_config(run: RunDir) -> dict[str, Any]:
@@ -176,14 +176,6 @@ def _read_rows(run: RunDir) -> list[dict[str, Any]]:
             )
         rows += found
     return rows
-
-
-def _read_result(run: RunDir, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """result.json; nothing where the run has been continued since and not ended yet."""
-    result = _read_object(run.result) or {}
-    ended_at = (result.get("progress") or {}).get("step")
-    went_on = ended_at is not None and any(row["step"] > ended_at for row in rows)
-    return {} if went_on else result
 
 
 def _read_object(path: str) -> dict[str, Any] | None:
@@ -286,6 +278,12 @@ def _checkpoint_wait(run: Run) -> str | None:
     return f"{sum(waits) / sum(steps):.1%}" if waits and steps else None
 
 
+def _training_time(run: Run) -> str | None:
+    """In steps and waiting for checkpoints, over all launches."""
+    seconds = run.values("step_time_s") + run.values("checkpoint_wait_s")
+    return human_time(sum(seconds)) if seconds else None
+
+
 def _restarts(run: Run) -> int | None:
     return len(run.result["restarts"]) if "restarts" in run.result else None
 
@@ -300,7 +298,8 @@ FACTS: dict[str, Fact] = {
     "tokens": _from_rows("tokens", sum, human_count),
     "peak memory a rank": _from_result("peak_memory_mib", lambda ranks: f"{max(ranks):,.0f} MiB"),
     "tokens/s, median": _from_rows("tokens_per_s", statistics.median, human_count),
-    "wall time": _from_result("wall_time_s", human_time),
+    "training time": _training_time,
+    "wall time, last launch": _from_result("wall_time_s", human_time),
     "last training loss": _from_rows("loss", _last, _loss),
     "last held-out loss": _from_rows("eval_loss", _last, _loss),
     "best held-out loss": _from_rows("eval_loss", min, _loss),

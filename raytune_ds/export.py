@@ -39,6 +39,7 @@ T = TypeVar("T")
 FILE_BYTES = 1 << 30
 # Names in a checkpoint are those of the trained module, whose Hugging Face or peft model is its `model`.
 _PREFIX = "model/model."
+_ADAPTER_FILE = "adapter_model.safetensors"  # as peft calls it
 
 
 class ExportError(Exception):
@@ -96,12 +97,6 @@ def save_final(
         storage.delete_dir(staging)
         storage.make_dir(staging)
 
-    _main(world, begin)
-    if adapter.kind == "none":
-        unchanged = _save_model(staging, base, weights, reader, dtype, world)
-    else:
-        unchanged = _save_adapter(staging, base, adapter, reader, world)
-
     def finish() -> None:
         with _beside(staging) as local:
             if adapter.kind == "none":
@@ -112,7 +107,18 @@ def save_final(
             storage.delete_dir(run.final)
             Path(storage.absolute(staging)).rename(storage.absolute(run.final))
 
-    _main(world, finish)
+    try:
+        _main(world, begin)
+        if adapter.kind == "none":
+            unchanged = _save_model(staging, base, weights, reader, dtype, world)
+        else:
+            unchanged = _save_adapter(staging, base, adapter, reader, world)
+        _main(world, finish)
+    except ExportError:
+        if world.is_main:
+            with contextlib.suppress(OSError):
+                storage.delete_dir(staging)  # the room it takes may be what is missing
+        raise
     num_trained = sum(name.startswith(_PREFIX) for name in reader.shapes)
     return Final(storage.size_of(run.final), num_trained, tuple(unchanged))
 
@@ -281,8 +287,9 @@ def _save_adapter(
         with _beside(target) as local:
             # peft would otherwise ask the hub whether the vocabulary has grown.
             model.save_pretrained(str(local), state_dict=tensors, save_embedding_layers=False)
-            if problem := _difference(local, _as_saved(model, tensors)):
-                raise ExportError(problem)  # and nothing of it goes to `target`
+        saved = TensorFile(f"{target}/{_ADAPTER_FILE}")
+        if problem := _difference(saved, _as_saved(model, tensors)):
+            raise ExportError(problem)
         unchanged.extend(name for name, tensor in tensors.items() if "lora_B" in name and not tensor.any())
 
     _main(world, write)
@@ -295,15 +302,14 @@ def _as_saved(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, t
     return dict(get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False))
 
 
-def _difference(folder: Path, expected: Mapping[str, torch.Tensor]) -> str | None:
-    """What is wrong with the weights below `folder`: not finite, not as expected, or not all there."""
-    found = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    if not expected or found.keys() != expected.keys():
-        return f"not written: {', '.join(sorted(expected.keys() - found.keys())[:5]) or 'any weights'}"
-    for name, tensor in found.items():
+def _difference(saved: TensorFile, expected: Mapping[str, torch.Tensor]) -> str | None:
+    """What is wrong with the weights in a file: not finite, not as expected, or not all there."""
+    if not expected or saved.shapes.keys() != expected.keys():
+        return f"not written: {', '.join(sorted(expected.keys() - saved.shapes.keys())[:5]) or 'any weights'}"
+    for name, tensor in expected.items():
         if not torch.isfinite(tensor).all():
             return f"{name} is not finite"
-        if not torch.equal(tensor, expected[name]):
+        if saved.shapes[name] != tensor.shape or not torch.equal(saved.read(name), tensor.reshape(-1)):
             return f"{name} is not read back as it was written"
     return None
 

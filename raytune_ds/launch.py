@@ -45,6 +45,7 @@ class Result:
     Attributes:
         status: finished, or failed.
         run: the run directory.
+        wall_time_s: of this launch, from its first check to its end; that of earlier launches is not in it.
         restarts: why each restart of the worker group happened.
     """
 
@@ -69,7 +70,7 @@ def launch(config: Config, debug: bool = False) -> Result:
         debug: show Ray's and the workers' own output too.
 
     Raises:
-        UserError: anything the user can mend; nothing was trained.
+        UserError: anything the user can mend; what was trained is in the run's checkpoints.
         TrainingFailedError: workers died more often than `scaling.max_failures`; the run can be resumed.
     """
     started = time.monotonic()
@@ -93,9 +94,9 @@ def launch(config: Config, debug: bool = False) -> Result:
             f"the run failed; its checkpoints stay, and the same command with run.name={assignment.run.name} resumes it"
         )
         raise
+    result = _write_result(assignment, scale, started, outcome, restarts)
     if outcome.error is not None:
         raise UserError(outcome.error)
-    result = _write_result(assignment, scale, started, outcome, restarts)
     _say_end(result)
     return result
 
@@ -145,8 +146,12 @@ def _make_name(config: Config) -> str:
 
 
 def _claim(assignment: Assignment) -> None:
-    """Makes the run directory; where it is there, its config becomes the one that the run continues with."""
+    """Makes the run directory; where it is there, its config becomes the one that the run continues with.
+
+    How it ended the last time is no longer true.
+    """
     storage.make_dir(assignment.run.path)
+    storage.delete_file(assignment.run.result)
     config = replaced(assignment.config, run={"name": assignment.run.name})
     storage.write_bytes(assignment.run.config, dump(config).encode())
 
@@ -287,9 +292,11 @@ def _say_end(result: Result) -> None:
     losses = f"loss {_shown(progress['first_loss'])} -> {_shown(progress['last_loss'])}"
     if progress["last_eval_loss"] is not None:
         losses += f", held-out {_shown(progress['first_eval_loss'])} -> {_shown(progress['last_eval_loss'])}"
+    seconds = progress["seconds"] + progress["checkpoint_wait_s"]
     say(
-        f"finished: {progress['step']} steps, {human_count(progress['tokens'])} tokens in "
-        f"{human_time(result.wall_time_s)}; {losses}; peak memory {max(result.peak_memory_mib):,.0f} MiB a worker"
+        f"finished: {progress['step']} steps, {human_count(progress['tokens'])} tokens in {human_time(seconds)} of "
+        f"training ({human_time(result.wall_time_s)} since the start); {losses}; peak memory "
+        f"{max(result.peak_memory_mib):,.0f} MiB a worker"
     )
     say(f"saved: {result.run}/final ({result.final_bytes / (1 << 20):.1f} MiB)")
     say(f"try it: raytune-ds chat --run {result.run}")

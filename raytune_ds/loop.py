@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -214,7 +215,7 @@ def _note_step(progress: Progress, row: Row, seconds: float) -> None:
 def _note_eval(progress: Progress, loss: float) -> None:
     progress.last_eval_loss, progress.eval_step = loss, progress.step
     best = progress.best_eval_loss
-    if best is None or loss < best:
+    if not math.isnan(loss) and (best is None or loss < best):
         progress.best_eval_loss = loss
     if progress.first_eval_loss is None:
         progress.first_eval_loss = loss

@@ -91,9 +91,10 @@ class MetricsFile:
         `warn` hears of it when lines can't be written.
         """
         self._path, self._warn = run.metrics, warn
-        kept = [row for row in run.read_metrics() if row["step"] <= last_step]
-        self._content = b"".join(_line(row) for row in kept)
-        storage.write_bytes(self._path, self._content)
+        there = storage.read_bytes(self._path) if storage.exists(self._path) else b""
+        self._content = b"".join(_line(row) for row in parse_lines(there) if row["step"] <= last_step)
+        if not there or self._content != there:  # what is right already must not fail on a full disk
+            storage.write_bytes(self._path, self._content)
         local = storage.is_local(self._path)
         file = Path(storage.absolute(self._path))
         self._file = file.open("ab", buffering=0) if local else None
@@ -113,18 +114,26 @@ class MetricsFile:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
-            if not self._behind:
-                self._warn(
-                    f"{self._path} can't be written ({error.strerror}); its lines are kept until it can"
-                )
-        self._behind = bool(self._pending)
+            self._fall_behind(error)
+        else:
+            self._behind = False
+
+    def _fall_behind(self, error: OSError) -> None:
+        if not self._behind:
+            reason = error.strerror or error
+            self._warn(f"{self._path} can't be written ({reason}); its lines are kept until it can")
+        self._behind = True
 
     def flush(self) -> None:
         """Makes all lines so far visible to others."""
-        if self._file is None:
-            storage.write_bytes(self._path, self._content)
-        else:
+        if self._file is not None:
             self._drain()
+            return
+        try:
+            storage.write_bytes(self._path, self._content)
+            self._behind = False
+        except OSError as error:
+            self._fall_behind(error)
 
     def close(self) -> None:
         """Flushes and closes."""

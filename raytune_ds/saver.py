@@ -7,9 +7,10 @@ most: the next one waits for it. A checkpoint that can't be written (a full disk
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ from raytune_ds.config import CheckpointConfig
 from raytune_ds.engines import Engine, Piece
 from raytune_ds.errors import UserError
 from raytune_ds.world import World
+
+Pieces = Callable[[], Iterable[Piece]]
+"""The rank's share of the state; asked again where a first attempt to write it failed."""
 
 _REHEARSAL = "rehearsal"
 
@@ -78,7 +82,6 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._crash: BaseException | None = None
         self._host: dict[str, torch.Tensor] = {}
-        self.last_written: int | None = None
         self._clear_rehearsal()  # that a crash may have left
 
     def save(self, label: Label) -> float:
@@ -87,10 +90,12 @@ class Saver:
         self.wait()
         if self._config.background:
             copies, updates = self._copies(), self._engine.updates
-            self._thread = threading.Thread(target=self._guarded, args=(label, copies, updates), daemon=True)
+            self._thread = threading.Thread(
+                target=self._guarded, args=(label, lambda: copies, updates), daemon=True
+            )
             self._thread.start()
         else:
-            self._write(label, self._engine.pieces(), self._engine.updates)
+            self._write(label, self._engine.pieces, self._engine.updates)
         return time.perf_counter() - started
 
     def wait(self) -> None:
@@ -126,24 +131,28 @@ class Saver:
             torch.cuda.synchronize()
         return copies
 
-    def _guarded(self, label: Label, pieces: list[Piece], updates: int) -> None:
+    def _guarded(self, label: Label, pieces: Pieces, updates: int) -> None:
         try:
-            self._write(label, iter(pieces), updates)
+            self._write(label, pieces, updates)
         except BaseException as error:  # a rank is gone: the training thread has to hear of it
             self._crash = error
 
-    def _write(self, label: Label, pieces: Iterator[Piece], updates: int) -> None:
+    def _write(self, label: Label, pieces: Pieces, updates: int) -> None:
         started = time.perf_counter()
         path = checkpoint.directory(self._root, label.step)
         try:
-            manifest = self._written(path, label, pieces, updates)
+            try:
+                manifest = self._written(path, label, pieces, updates)
+            except CheckpointError:
+                if not self._made_room(label.step):
+                    raise
+                manifest = self._written(path, label, pieces, updates)
         except CheckpointError as error:
             self._warn(
                 f"the checkpoint of step {label.step} can't be written ({error}); the run goes on, and earlier "
                 "checkpoints stay"
             )
             return
-        self.last_written = label.step
         if self._world.is_main:
             try:
                 checkpoint.prune(self._root, self._config.keep, newest=label.step)
@@ -151,7 +160,17 @@ class Saver:
                 self._warn(f"old checkpoints below {self._root} can't be deleted: {error.strerror or error}")
         self._done(Written(label, path, manifest.size, time.perf_counter() - started))
 
-    def _written(self, path: str, label: Label, pieces: Iterator[Piece], updates: int) -> Manifest:
+    def _made_room(self, step: int) -> bool:
+        """Deletes all checkpoints but the newest and the best; whether there were others. A collective."""
+        freed = False
+        if self._world.is_main:
+            with contextlib.suppress(OSError):
+                before = checkpoint.steps(self._root)
+                checkpoint.prune(self._root, keep=1, newest=step)
+                freed = checkpoint.steps(self._root) != before
+        return bool(self._world.broadcast(freed))
+
+    def _written(self, path: str, label: Label, pieces: Pieces, updates: int) -> Manifest:
         """A complete checkpoint at `path`; nothing is left there if it fails.
 
         Raises:
@@ -165,7 +184,7 @@ class Saver:
             storage.make_dir(path)
 
         def write_mine() -> None:
-            files.extend(checkpoint.write_shards(path, self._world.rank, pieces))
+            files.extend(checkpoint.write_shards(path, self._world.rank, pieces()))
 
         def finish() -> None:
             assert manifest is not None
@@ -198,13 +217,12 @@ class Saver:
         """Writes a whole checkpoint, verifies it, loads it and deletes it; says what it took. A collective.
 
         Raises:
-            UserError: there is no room for it.
-            CheckpointError: what is read back is not what was written.
+            UserError: there is no room for it, or what is read back is not what was written.
         """
         path, before = f"{self._root}/{_REHEARSAL}", _digest(self._engine)
         started = time.perf_counter()
         try:
-            pieces = iter(self._copies()) if self._config.background else self._engine.pieces()
+            pieces = self._copies if self._config.background else self._engine.pieces
             manifest = self._written(path, label, pieces, self._engine.updates)
             written = time.perf_counter()
         except CheckpointError as error:
@@ -217,12 +235,30 @@ class Saver:
             self._engine.load(Reader(path, manifest), manifest.updates)
             if not all(self._world.gather(_digest(self._engine) == before)):
                 raise CheckpointError(f"{path}: what was loaded is not what was written")
+        except CheckpointError as error:
+            raise UserError(
+                f"run.storage: a checkpoint of this run can't be read back from {self._root}: {error}\nEvery node must "
+                "see the same files there at once: choose a run.storage that all nodes share (NFS, s3:// ...)."
+            ) from error
         finally:
             self._clear_rehearsal()
+        self._warn_of_a_small_disk(manifest.size)
         return (
             f"a checkpoint of this run takes {manifest.size / (1 << 20):,.1f} MiB; one was written in "
             f"{written - started:.1f}s and read back in {time.perf_counter() - written:.1f}s"
         )
+
+    def _warn_of_a_small_disk(self, size: int) -> None:
+        """Old checkpoints go when a new one is complete: so many lie there for a while, the best among them."""
+        most = (self._config.keep + 2) * size
+        if self._world.is_main and storage.is_local(self._root):
+            free = shutil.disk_usage(storage.absolute(self._root)).free
+            if free < most:
+                self._warn(
+                    f"{self._root}: {free / (1 << 20):,.0f} MiB are free, and {self._config.keep + 2} checkpoints "
+                    f"(checkpoint.keep, the best, and one being written) take {most / (1 << 20):,.0f} MiB; older ones "
+                    "will be deleted to make room"
+                )
 
 
 def _host_tensor(like: torch.Tensor) -> torch.Tensor:

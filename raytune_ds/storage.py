@@ -71,6 +71,13 @@ def delete_dir(path: str) -> None:
         filesystem.delete_dir(inner)
 
 
+def delete_file(path: str) -> None:
+    """Deletes a file; fine if it is not there."""
+    filesystem, inner = open_filesystem(path)
+    if filesystem.get_file_info(inner).type == pafs.FileType.File:
+        filesystem.delete_file(inner)
+
+
 def read_bytes(path: str) -> bytes:
     """The whole of a small file."""
     filesystem, inner = open_filesystem(path)

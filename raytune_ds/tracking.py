@@ -23,12 +23,15 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """The metrics of one optimizer step or evaluation."""
 
+    def flush(self) -> None:
+        """Makes what was logged visible to others, where that takes an effort; called at every checkpoint."""
+
     def close(self) -> None:
         """Writes what is left."""
 
 
 class TensorBoard:
-    """Event files in the run directory; an object store gets them at the end of the run."""
+    """Event files in the run directory; an object store gets them at every checkpoint."""
 
     def __init__(self, run: RunDir, config: dict[str, Any], last_step: int) -> None:
         """Opens the event file, and hides what an earlier attempt wrote of later steps."""
@@ -43,11 +46,16 @@ class TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """See Tracker."""
-        self._writer.close()
+        self._writer.flush()
         if not storage.is_local(self._target):
             storage.upload_dir(Path(self._local), self._target)
+
+    def close(self) -> None:
+        """See Tracker."""
+        self.flush()
+        self._writer.close()
 
 
 class MLflow:
@@ -58,7 +66,6 @@ class MLflow:
         import mlflow
 
         self._mlflow = mlflow
-        name = run.path.rpartition("/")[2]
         mlflow.set_experiment("raytune_ds")
         known = mlflow.search_runs(
             experiment_names=["raytune_ds"],
@@ -68,12 +75,15 @@ class MLflow:
         if known:
             mlflow.start_run(run_id=known[0].info.run_id)
         else:
-            mlflow.start_run(run_name=name, tags={"run_path": run.path})
+            mlflow.start_run(run_name=run.name, tags={"run_path": run.path})
             mlflow.log_params(_flat(config))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """See Tracker."""
         self._mlflow.log_metrics(metrics, step=step)
+
+    def flush(self) -> None:
+        """See Tracker."""
 
     def close(self) -> None:
         """See Tracker."""
@@ -87,11 +97,10 @@ class WandB:
         """Starts, or after a restart goes on with, the run of this run's name."""
         import wandb
 
-        name = run.path.rpartition("/")[2]
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "raytune_ds"),
-            name=name,
-            id=name,
+            name=run.name,
+            id=run.name,
             resume="allow",
             config=config,
         )
@@ -99,6 +108,9 @@ class WandB:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """See Tracker."""
         self._run.log(metrics, step=step)
+
+    def flush(self) -> None:
+        """See Tracker."""
 
     def close(self) -> None:
         """See Tracker."""
@@ -147,8 +159,9 @@ class Tracking:
             self._each(lambda tracker: tracker.log(row["step"], metrics))
 
     def flush(self) -> None:
-        """Makes metrics.jsonl visible to others, where that takes an effort."""
+        """Makes all so far visible to others, where that takes an effort."""
         self._file.flush()
+        self._each(lambda tracker: tracker.flush())
 
     def close(self) -> None:
         """Writes what is left."""

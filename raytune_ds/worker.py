@@ -246,10 +246,10 @@ def _choose(assignment: Assignment, world: World, dtype: torch.dtype) -> Choice:
 
 def _build(assignment: Assignment, world: World, choice: Choice, dtype: torch.dtype) -> Built:
     config, base = assignment.config, assignment.base
-    if base.revision is None and fingerprint(Path(assignment.model.name)) != base.fingerprint:
+    if base.revision is None and _fingerprint_here(assignment.model.name) != base.fingerprint:
         raise UserError(
             f"model.name = {assignment.model.name}: on node {platform.node()} other files lie there than on the node "
-            "that the run was started from. Use a path that all nodes share, or the same files on all of them."
+            "that the run was started from, or none. Use a path that all nodes share, or the same files on all of them."
         )
     return build(
         assignment.model,
@@ -261,6 +261,13 @@ def _build(assignment: Assignment, world: World, choice: Choice, dtype: torch.dt
         autocast=engines.wants_autocast(choice.kind),
         revision=base.revision,
     )
+
+
+def _fingerprint_here(folder: str) -> str | None:
+    try:
+        return fingerprint(Path(folder))
+    except OSError:
+        return None
 
 
 def _task(assignment: Assignment, world: World, choice: Choice, built: Built, report: Report) -> engines.Task:
@@ -314,9 +321,8 @@ def require_same_run(assignment: Assignment, manifest: Manifest) -> None:
     """
     changed = list(_differences("", manifest.identity, assignment.identity))
     if changed:
-        name = assignment.run.path.rpartition("/")[2]
         raise UserError(
-            f"run.name = {name}: this run was begun with other settings:\n"
+            f"run.name = {assignment.run.name}: this run was begun with other settings:\n"
             + "\n".join(changed)
             + _WEIGHTS_CHANGED * any("model.weights" in line for line in changed)
             + "\nSet them back to resume it, or choose another run.name to start anew."
@@ -329,7 +335,7 @@ def _require_same_parameters(built: Built, reader: Reader) -> None:
     Raises:
         UserError: names or shapes differ.
     """
-    expected, found = _shapes(built), reader.shapes
+    expected, found = engines.state_shapes(built.trained), reader.shapes
     changed = [n for n in expected if n in found and list(found[n]) != expected[n]]
     missing = [n for n in expected if n not in found]
     foreign = [n for n in found if n not in expected]
@@ -342,12 +348,6 @@ def _require_same_parameters(built: Built, reader: Reader) -> None:
             "Take the model and adapter settings it was made with, or another run.name to start anew."
         )
         raise UserError("\n".join(lines))
-
-
-def _shapes(built: Built) -> dict[str, list[int]]:
-    """Of all tensors of a checkpoint."""
-    kinds = ("model", *engines.MOMENTS)
-    return {f"{kind}/{name}": list(shape) for kind in kinds for name, shape in built.trained.items()}
 
 
 # ---------------------------------------------------------------------------------------- what it uses
@@ -398,7 +398,7 @@ def _saver(
         config=assignment.config.checkpoint,
         identity=assignment.identity,
         engine=engine,
-        shapes=_shapes(built),
+        shapes=engines.state_shapes(built.trained),
         world=world,
         done=done,
         warn=lambda text: report("warning", {"text": text}),

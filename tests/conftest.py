@@ -44,6 +44,26 @@ def tiny_tokenizer(tiny_models: dict[str, Path]) -> Any:
     return AutoTokenizer.from_pretrained(tiny_models["qwen2"])
 
 
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Something that is reached by a URI only, so that nothing may go around pyarrow; it lies at tmp_path/bucket."""
+    import pyarrow.fs as pafs
+
+    from raytune_ds import storage
+
+    root = tmp_path / "bucket"
+    root.mkdir()
+    store = pafs.SubTreeFileSystem(str(root), pafs.LocalFileSystem())
+    local = storage.open_filesystem
+
+    def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+        inside = path.removeprefix("mem://")
+        return (store, inside.rstrip("/")) if inside != path else local(path)
+
+    monkeypatch.setattr(storage, "open_filesystem", open_filesystem)
+    return "mem://runs"
+
+
 NUM_CPUS = 4  # logical: three workers fit, whatever the machine has
 
 

@@ -6,7 +6,7 @@ to `backward`; each engine undoes its own averaging.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,11 @@ from raytune_ds.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter; a checkpoint has each under `<moment>/<parameter>`, the parameter under `model/`."""
+
+
+def state_shapes(trained: Mapping[str, torch.Size]) -> dict[str, list[int]]:
+    """The shape of every tensor of a checkpoint, from those of the trained parameters."""
+    return {f"{kind}/{name}": list(shape) for kind in ("model", *MOMENTS) for name, shape in trained.items()}
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,10 @@ from raytune_ds.world import World
 def fill(module: nn.Module, read: Read, world: World) -> None:
     """Gives every rank all parameters. A collective: rank 0 reads each, one at a time, and hands it to the others."""
     for name, parameter in module.named_parameters():
-        become(parameter, whole(name, parameter, read, world))
+        value = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
+        hand_out(value, name, read, world)
+        become(parameter, value)
     move_buffers(module, world.device)
-
-
-def whole(name: str, like: torch.Tensor, read: Read, world: World) -> torch.Tensor:
-    """All of a parameter on this rank's device, in the shape and dtype of `like`. A collective."""
-    value = torch.empty(like.shape, dtype=like.dtype, device=world.device)
-    hand_out(value, name, read, world)
-    return value
 
 
 def hand_out(target: torch.Tensor, name: str, read: Read, world: World) -> None:

@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor
 
 from raytune_ds.engines import Piece, StepResult, Task
 from raytune_ds.engines.adamw import AdamW, local
-from raytune_ds.engines.fill import move_buffers
 from raytune_ds.model.weights import Read
 
 
@@ -37,8 +36,8 @@ class FsdpEngine:
         self._world = task.world
         task.world.require_group()
         _shard(task)
-        _allocate(self.module, torch.device("cpu") if _offloads(task) else task.world.device)
-        move_buffers(self.module, task.world.device)
+        device = task.world.device
+        _allocate(self.module, torch.device("cpu") if _offloads(task) else device, device)
         for name, parameter in self.module.named_parameters():
             _read_part(local(parameter.detach()), parameter, name, task.built.read)
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -114,12 +113,12 @@ def _shard(task: Task) -> None:
             unit.set_reduce_scatter_unused_params(True)
 
 
-def _allocate(module: nn.Module, device: torch.device) -> None:
-    """Memory for this rank's parts."""
+def _allocate(module: nn.Module, parameters: torch.device, buffers: torch.device) -> None:
+    """Memory for this rank's parts; buffers, which every rank has whole, keep their values."""
     values = [buffer.clone() for buffer in module.buffers()]
-    module.to_empty(device=device)
+    module.to_empty(device=parameters)
     for buffer, value in zip(module.buffers(), values, strict=True):
-        buffer.copy_(value)
+        buffer.data = value.to(buffers)
 
 
 def _first_row(parameter: torch.Tensor) -> int:

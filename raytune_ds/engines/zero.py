@@ -7,6 +7,7 @@ are bound to a world size, are not used.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -83,10 +84,12 @@ class ZeroEngine:
         """See Engine."""
         for group in self._zero.param_groups:
             group["lr"] = lr
-        self._zero.check_overflow()  # DeepSpeed looks by itself only when it computes in float16
-        skipped = bool(self._zero.overflow)
+        grad_norm = self._partitions.grad_norm()
+        # DeepSpeed passes over the step where this says so. It looks by itself only at elements, and its float32 norm
+        # may overflow where none of them does.
+        self._zero.overflow = not math.isfinite(grad_norm)
         self.module.step()
-        return StepResult(float("nan") if skipped else float(self.module.get_global_grad_norm()), skipped)
+        return StepResult(grad_norm, skipped=self._zero.overflow)
 
     def pieces(self) -> Iterator[Piece]:
         """See Engine."""
@@ -247,6 +250,23 @@ class _Partitions:
         """Steps applied."""
         return max((int(state["step"]) for state in self._zero.optimizer.state.values()), default=0)
 
+    def grad_norm(self) -> float:
+        """2-norm of the whole gradient; infinite or NaN where its square has no place in a float32. A collective."""
+        squares = [*self._squared_norms()]
+        (square,) = self._world.sum(torch.stack(squares).sum() if squares else 0.0)
+        return math.sqrt(square) if torch.tensor(square, dtype=torch.float32).isfinite() else math.inf
+
+    def _squared_norms(self) -> Iterator[torch.Tensor]:
+        """Of the parts of the gradient that are here; of offloaded ones, maybe on a disk, DeepSpeed keeps the norms."""
+        zero = self._zero
+        if getattr(zero, "norm_for_param_grads", None):
+            for norm in zero.norm_for_param_grads.values():
+                yield torch.as_tensor(norm).double() ** 2
+            return
+        for parts in zero.averaged_gradients.values():
+            for part in parts or ():
+                yield torch.linalg.vector_norm(part.detach(), dtype=torch.float64) ** 2
+
     def _set_updates(self, updates: int) -> None:
         for state in self._zero.optimizer.state.values():
             # torch's AdamW has a tensor, DeepSpeed's a number.
@@ -374,3 +394,4 @@ class _Partitions3(_Partitions):
                 parameter.partition()
         for group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        self._zero.invalidate_secondary_tensor()

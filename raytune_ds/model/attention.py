@@ -9,13 +9,15 @@ Axes: B = 1, H = query heads, G = key/value heads, T = tokens of the row, D = qu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from raytune_ds.errors import UserError
 
 PACKED = "raytune_packed"
 
@@ -80,9 +82,14 @@ def packed_attention(
     cu_seq_lens_q: torch.Tensor,
     max_length_q: int,
     scaling: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in each attention layer: query [B, H, T, D] and key/value to output [B, T, H, V]."""
+    """What transformers calls in each attention layer: query [B, H, T, D] and key/value to output [B, T, H, V].
+
+    Raises:
+        UserError: the model's attention is more than causal attention within a document.
+    """
+    _require_plain(query, key, others)
     head_size, value_size = query.shape[-1], value.shape[-1]
     if value_size != head_size:
         # MLA's values are narrower than its keys, and the fused kernels want one size. Zeros change nothing.
@@ -95,6 +102,18 @@ def packed_attention(
     kernel = _kernel(device, query.dtype)
     output = kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling)
     return output[..., :value_size].transpose(1, 2), None
+
+
+def _require_plain(query: torch.Tensor, key: torch.Tensor, others: Mapping[str, Any]) -> None:
+    """What would be left out in silence otherwise: sinks, windows, capped scores, compressed keys."""
+    asked = [name for name in ("s_aux", "sliding_window", "softcap") if others.get(name) is not None]
+    if query.shape[2] != key.shape[2]:
+        asked.append("keys of other tokens")
+    if asked:
+        raise UserError(
+            f"model.name: its attention asks for {' and '.join(asked)}, which training on packs does not give it; such "
+            "models are not supported."
+        )
 
 
 def _kernel(device: str, dtype: torch.dtype) -> Kernel:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -17,13 +19,14 @@ from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
 from raytune_ds.model import attention, weights
 
-# What packed attention and `PackedLM` leave out; no DeepSeek model has any of it.
+# What packed attention and `PackedLM` leave out. The last one is the sparse attention of DeepSeek-V3.2 and V4.
 UNSUPPORTED = (
     "final_logit_softcapping",
     "attn_logit_softcapping",
     "logit_scale",
     "logits_scaling",
     "use_sliding_window",
+    "index_topk",
 )
 # Names for the error message of one that does not exist: tutorials are full of invented ones.
 DEEPSEEK_MODELS = (
@@ -44,7 +47,6 @@ DEEPSEEK_MODELS = (
     "deepseek-ai/DeepSeek-V3-0324",
     "deepseek-ai/DeepSeek-V3.1",
     "deepseek-ai/DeepSeek-V3.1-Base",
-    "deepseek-ai/DeepSeek-V3.2-Exp",
     "deepseek-ai/DeepSeek-R1",
     "deepseek-ai/DeepSeek-R1-Zero",
     "deepseek-ai/DeepSeek-R1-0528",
@@ -118,7 +120,7 @@ def skeleton(config: ModelConfig, attention: str = "sdpa") -> PreTrainedModel:
         )
     _forget_quantization(config, model_config)
     try:
-        with init_empty_weights(include_buffers=False), no_init_weights():
+        with _EmptyOnMeta(), init_empty_weights(include_buffers=False), no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 model_config,
                 dtype=torch.float32,
@@ -130,7 +132,24 @@ def skeleton(config: ModelConfig, attention: str = "sdpa") -> PreTrainedModel:
             f"model.name = {config.name}: no causal language model: {_first_line(error)}"
         ) from error
     model.tie_weights()  # parameters on the meta device are new objects, each a single one
+    for name, buffer in [*model.named_buffers()]:
+        if buffer.is_meta:
+            owner, _, own_name = name.rpartition(".")
+            setattr(model.get_submodule(owner), own_name, torch.empty_like(buffer, device="cpu"))
     return model
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Memory that nobody has written to yet is not taken: accelerate looks at a parameter only once it is there.
+
+    One layer's experts of DeepSeek-V3 are 28 GiB.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        where = {"device": "meta"} if function is torch.empty else {}
+        return function(*args, **{**(kwargs or {}), **where})
 
 
 def hold_in(model: PreTrainedModel, dtype: torch.dtype) -> None:

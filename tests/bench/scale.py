@@ -164,7 +164,7 @@ def _stall(
     engine: engines.Engine, built: Any, world: World, root: str, background: bool, step: Callable[[], None]
 ) -> float:
     """The share of the time that training stands still, with a checkpoint every second step."""
-    shapes = {f"{k}/{n}": list(s) for k in ("model", *engines.MOMENTS) for n, s in built.trained.items()}
+    shapes = engines.state_shapes(built.trained)
     config = CheckpointConfig(background=background, keep=1)
     saver = Saver(root, config, {}, engine, shapes, world, done=lambda _: None, warn=print)
     world.barrier()

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.matrix.cases import ENGINES, KINDS, LOSS_LIMIT, MODELS, WEIGHT_LIMIT, Case, Trace, reference
+from tests.matrix.cases import (
+    ENGINES,
+    HALF_LOSS_LIMIT,
+    KINDS,
+    LOSS_LIMIT,
+    MODELS,
+    WEIGHT_LIMIT,
+    Case,
+    Trace,
+    reference,
+)
 from tests.matrix.run import run, saved_then_continued
 
 NAMES = list(ENGINES)
@@ -49,6 +59,20 @@ def test_losses_and_weights_are_those_of_one_plain_process(
     hold(cases, run(cases, tiny_models), plain)
 
 
+def test_bfloat16_gives_nearly_the_same_losses(
+    tiny_models: dict[str, Path], plain: dict[tuple[str, str], Trace]
+) -> None:
+    """As on GPUs: without autocast where an engine casts parameters itself, its gradients in float32."""
+    cases = [
+        Case(engine, kind, 2, "deepseek-v3", dtype="bfloat16")
+        for engine in ("ddp", "zero2", "zero3", "fsdp")
+        for kind in KINDS
+    ]
+    traces = run(cases, tiny_models)
+    errors = {c.label: t.loss_error(plain[c.model, c.kind]) for c, t in zip(cases, traces, strict=True)}
+    assert {label: error for label, error in errors.items() if not error <= HALF_LOSS_LIMIT} == {}
+
+
 def test_any_engine_goes_on_from_any_others_checkpoint_at_another_world_size(
     tiny_models: dict[str, Path], plain: dict[tuple[str, str], Trace], tmp_path: Path
 ) -> None:
@@ -58,3 +82,15 @@ def test_any_engine_goes_on_from_any_others_checkpoint_at_another_world_size(
     ]
     traces = saved_then_continued([a for a, _ in pairs], pairs, tiny_models, tmp_path)
     hold([b for _, b in pairs], traces, plain)
+
+
+def test_settings_of_a_ds_config_change_no_result(
+    tiny_models: dict[str, Path], plain: dict[tuple[str, str], Trace], tmp_path: Path
+) -> None:
+    """Settings that change which rank has which part of the parameters, or another copy of them."""
+    round_robin = '{"zero_optimization": {"round_robin_gradients": true}}'
+    secondary = '{"zero_optimization": {"zero_hpz_partition_size": 2}}'
+    first = [Case("zero2", "full", 2, "qwen2", given=round_robin), Case("zero3", "full", 2, "qwen2")]
+    then = [Case("ddp", "full", 2, "qwen2"), Case("zero3", "full", 2, "qwen2", given=secondary)]
+    pairs = list(zip(first, then, strict=True))
+    hold(then, saved_then_continued(first, pairs, tiny_models, tmp_path), plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import tempfile
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from raytune_ds.model import packed
 from tests.matrix.cases import ACCUMULATION, STEPS, TRAIN, Case, Trace, lr, micro_batches
 
 
@@ -69,6 +71,7 @@ def _process(
     }
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    packed.LOGITS_CHUNK = 16  # ranks need unequal numbers of chunks
     dist.init_process_group("gloo", rank=rank, world_size=world)
     for index, case in enumerate(cases):
         trace = run_case(case, models[case.model], rank)
@@ -90,7 +93,7 @@ def run_case(case: Case, folder: Path, rank: int) -> Trace:
     from raytune_ds.world import World
 
     world = World(rank, case.world, torch.device("cpu"))
-    dtype = torch.float32
+    dtype = getattr(torch, case.dtype)
     built = build(
         ModelConfig(name=str(folder)),
         case.adapter,
@@ -111,6 +114,7 @@ def run_case(case: Case, folder: Path, rank: int) -> Trace:
             accumulation=ACCUMULATION,
             total_steps=STEPS,
             warmup_steps=0,
+            given=None if case.given is None else json.loads(case.given),
         ),
     )
     if case.start is not None:
@@ -122,11 +126,7 @@ def run_case(case: Case, folder: Path, rank: int) -> Trace:
             optimizer_step(engine, sft, micro_batches(step, rank, case.world), world, lr(step))["loss"]
         )
     if case.save is not None:
-        shapes = {
-            f"{kind}/{name}": list(shape)
-            for kind in ("model", *engines.MOMENTS)
-            for name, shape in built.trained.items()
-        }
+        shapes = engines.state_shapes(built.trained)
         saver = Saver(case.save, CheckpointConfig(), {}, engine, shapes, world, done=_ignore, warn=_fail)
         saver.save(Label(case.stop, {}, None))
         saver.wait()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,7 +18,7 @@ from raytune_ds.engines.fill import fill
 from raytune_ds.errors import UserError
 from raytune_ds.model import adapters
 from raytune_ds.model.build import Built, build
-from raytune_ds.model.load import packed_attention
+from raytune_ds.model.load import packed_attention, skeleton
 from raytune_ds.world import World
 from tests.unit.test_packed import documents, pack, wrap
 from tests.unit.test_weights import ARCHITECTURES, distinct, tie, to_fp8
@@ -256,3 +257,28 @@ def test_weights_that_are_not_there(tiny_models: dict[str, Path], tmp_path: Path
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=f"{folder}: has no weights"):
         built(folder)
+
+
+@pytest.mark.parametrize(("architecture", "layers"), [("deepseek_v3", 61), ("deepseek_v2", 60)])
+def test_a_model_of_the_real_size_is_described_in_little_memory(
+    tmp_path: Path, architecture: str, layers: int
+) -> None:
+    """One layer's experts would take more memory than most machines have."""
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(architecture, num_hidden_layers=layers).save_pretrained(tmp_path)
+    before = psutil.Process().memory_info().rss
+    model = skeleton(ModelConfig(name=str(tmp_path)))
+    assert sum(p.numel() for p in model.parameters()) > 50e9
+    assert all(p.is_meta for p in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    assert psutil.Process().memory_info().rss - before < 1 << 30
+
+
+@pytest.mark.parametrize("architecture", ["deepseek_v32", "deepseek_v4"])
+def test_sparse_attention_is_refused(tmp_path: Path, architecture: str) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(architecture).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="index_topk"):
+        skeleton(ModelConfig(name=str(tmp_path)))

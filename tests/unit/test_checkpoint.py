@@ -7,11 +7,10 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 import pytest
 import safetensors.torch
 import torch
@@ -23,6 +22,7 @@ from raytune_ds.checkpoint import CheckpointError, Manifest, Reader, ShardFile
 from raytune_ds.engines import Piece
 from raytune_ds.rundir import RunDir
 from raytune_ds.world import World
+from tests.helpers import on_ranks
 
 IDENTITY = {"model": "tiny:qwen2", "adapter": {"r": 8}}
 PROGRESS = {"step": 0, "tokens": 12, "last_loss": 1.5, "first_loss": None}
@@ -563,55 +563,6 @@ def test_a_manifest_survives_being_written(tmp_path: Path) -> None:
 # ---- several ranks --------------------------------------------------------------------------------
 
 
-@dataclass
-class Meeting:
-    """Where the threads that play ranks wait for each other."""
-
-    size: int
-    values: list[Any] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.values = [None] * self.size
-        self.barrier = threading.Barrier(self.size, timeout=30)
-
-
-@dataclass(frozen=True)
-class Rank(World):
-    """A rank that is a thread of this process."""
-
-    meeting: Any = None
-
-    def gather(self, value: Any) -> list[Any]:
-        self.meeting.values[self.rank] = value
-        self.meeting.barrier.wait()
-        values = list(self.meeting.values)
-        self.meeting.barrier.wait()
-        return values
-
-    def broadcast(self, value: Any) -> Any:
-        return self.gather(value)[0]
-
-
-def on_all_ranks(size: int, action: Callable[[World], Any]) -> list[Any]:
-    """What `action` returns or raises on each rank."""
-    meeting, results = Meeting(size), [None] * size
-
-    def work(rank: int) -> None:
-        try:
-            results[rank] = action(Rank(rank, size, torch.device("cpu"), None, meeting))
-        except Exception as error:
-            results[rank] = error
-            if not isinstance(error, CheckpointError):
-                meeting.barrier.abort()
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
 @pytest.mark.parametrize("number", range(5))
 def test_all_ranks_hear_of_damage_that_one_of_them_finds(
     tmp_path: Path, small_shards: None, number: int
@@ -620,15 +571,17 @@ def test_all_ranks_hear_of_damage_that_one_of_them_finds(
     path = save(tmp_path, 20, ranks=2)
     files = [file.name for file in checkpoint.read_manifest(path).files]
     assert len(files) == 4
-    assert on_all_ranks(3, lambda world: checkpoint.verify(path, world).step) == [20, 20, 20]
+    assert on_ranks(3, lambda world: checkpoint.verify(path, world).step, (CheckpointError,)) == [20, 20, 20]
     name = [*files, "manifest.json"][number]
     flip_a_bit(Path(path, name), Path(), random.Random(number))
-    errors = on_all_ranks(3, lambda world: checkpoint.verify(path, world))
+    errors = on_ranks(3, lambda world: checkpoint.verify(path, world), (CheckpointError,))
     assert all(isinstance(error, CheckpointError) for error in errors)
     assert len({str(error) for error in errors}) == 1
     assert name in str(errors[0])
     warnings: list[str] = []
-    found = on_all_ranks(3, lambda world: checkpoint.newest(str(tmp_path), world, warnings.append))
+    found = on_ranks(
+        3, lambda world: checkpoint.newest(str(tmp_path), world, warnings.append), (CheckpointError,)
+    )
     assert [(place, manifest.step) for place, manifest in found] == [(f"{tmp_path}/step-00000010", 10)] * 3
     assert len(warnings) == 3
 
@@ -645,8 +598,28 @@ def test_the_ranks_share_the_reading(
         return open_file(path)
 
     monkeypatch.setattr(storage, "open_file", note)
-    on_all_ranks(3, lambda world: checkpoint.verify(path, world))
+    on_ranks(3, lambda world: checkpoint.verify(path, world))
     assert sorted(opened) == sorted(file.name for file in Path(path).glob("*.safetensors"))
+
+
+def test_no_rank_reads_what_it_has_written_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own page cache, or a folder that only its node sees, would tell it that all is well."""
+    path = save(tmp_path, 1, ranks=3)
+    opened: list[tuple[str, str]] = []
+    open_file = storage.open_file
+
+    def note(path: str) -> Any:
+        opened.append((threading.current_thread().name, path.rpartition("/")[2]))
+        return open_file(path)
+
+    def verify(world: World) -> None:
+        threading.current_thread().name = f"rank-{world.rank:05d}"
+        checkpoint.verify(path, world)
+
+    monkeypatch.setattr(storage, "open_file", note)
+    on_ranks(3, verify)
+    assert len(opened) == 3
+    assert not [1 for reader, file in opened if file.startswith(reader)]
 
 
 # ---- storage --------------------------------------------------------------------------------------
@@ -714,22 +687,6 @@ def test_a_probe_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OSError, match="file"):
         storage.check_writable(f"{tmp_path}/file/runs")
-
-
-@pytest.fixture
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Something that is reached by a URI only, so that nothing may go around pyarrow."""
-    root = tmp_path / "bucket"
-    root.mkdir()
-    store = pafs.SubTreeFileSystem(str(root), pafs.LocalFileSystem())
-    local = storage.open_filesystem
-
-    def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
-        inside = path.removeprefix("mem://")
-        return (store, inside.rstrip("/")) if inside != path else local(path)
-
-    monkeypatch.setattr(storage, "open_filesystem", open_filesystem)
-    return "mem://runs"
 
 
 def test_an_object_store_holds_checkpoints(bucket: str, tmp_path: Path, small_shards: None) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -28,6 +28,7 @@ from raytune_ds.model.build import build
 from raytune_ds.modelcard import model_card
 from raytune_ds.rundir import RunDir
 from raytune_ds.world import World
+from tests.helpers import on_ranks
 from tests.unit.test_weights import ARCHITECTURES, distinct, many_experts, opened, tie, to_fp8
 
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -51,22 +52,6 @@ def folders(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     """Each architecture, no two vectors of it the same."""
     root = tmp_path_factory.mktemp("distinct")
     return {name: distinct(path, root / name) for name, path in tiny_models.items()}
-
-
-@pytest.fixture
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Something that is reached by a URI only, so that nothing may go around pyarrow; it lies at tmp_path/bucket."""
-    root = tmp_path / "bucket"
-    root.mkdir()
-    store = pafs.SubTreeFileSystem(str(root), pafs.LocalFileSystem())
-    local = storage.open_filesystem
-
-    def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
-        inside = path.removeprefix("mem://")
-        return (store, inside.rstrip("/")) if inside != path else local(path)
-
-    monkeypatch.setattr(storage, "open_filesystem", open_filesystem)
-    return "mem://one"
 
 
 # ---- a finished run, by hand ----------------------------------------------------------------------
@@ -236,48 +221,6 @@ def test_several_files_and_their_index(
     assert final.size == sum(path.stat().st_size for path in run.final.iterdir())
 
 
-@dataclass(frozen=True)
-class Thread(World):
-    """A rank that is a thread of this process."""
-
-    box: dict[int, Any] = field(default_factory=dict)
-    meet: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
-
-    def gather(self, value: Any) -> list[Any]:
-        self.meet.wait(30)
-        self.box[self.rank] = value
-        self.meet.wait(30)
-        values = [self.box[rank] for rank in range(self.size)]
-        self.meet.wait(30)
-        return values
-
-    def broadcast(self, value: Any) -> Any:
-        return self.gather(value)[0]
-
-    def barrier(self) -> None:
-        self.gather(None)
-
-
-def on_ranks(size: int, action: Callable[[World], Any]) -> list[Any]:
-    """What `action` returns or raises on each of some ranks."""
-    box: dict[int, Any] = {}
-    together = threading.Barrier(size)
-    results: list[Any] = [None] * size
-
-    def of(rank: int) -> None:
-        try:
-            results[rank] = action(Thread(rank, size, torch.device("cpu"), None, box, together))
-        except Exception as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=of, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
 @pytest.fixture
 def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks are processes; in threads what patches torch for a while has to wait."""
@@ -323,7 +266,7 @@ def test_ranks_write_side_by_side(
 @pytest.mark.parametrize("adapter", [WHOLE, LORA], ids=["whole", "lora"])
 def test_all_ranks_refuse_together(make: MakeRun, one_at_a_time: None, adapter: AdapterConfig) -> None:
     run = make("llama", adapter, lambda values: next(iter(values.values())).view(-1)[3:4].fill_(math.nan))
-    errors = on_ranks(3, lambda world: run.save(world=world))
+    errors = on_ranks(3, lambda world: run.save(world=world), (ExportError,))
     assert [type(error) for error in errors] == [ExportError] * 3
     assert len({str(error) for error in errors}) == 1
 
@@ -585,6 +528,26 @@ def test_an_adapter_that_was_not_written_well_is_refused(
     assert not run.final.exists()
 
 
+@pytest.mark.parametrize("adapter", [WHOLE, LORA], ids=["whole", "lora"])
+def test_what_was_damaged_on_its_way_is_refused_and_leaves_nothing(
+    make: MakeRun, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, adapter: AdapterConfig
+) -> None:
+    """What counts is what lies where the user will take it from."""
+    for run in (make("llama", adapter), make("llama", adapter, path=bucket)):
+        with monkeypatch.context() as patch:
+            open_file = storage.open_file
+
+            def damaged(path: str, open_file: Any = open_file) -> Any:
+                content = open_file(path).readall()
+                is_final = "final/" in path and path.endswith(".safetensors")
+                return pa.BufferReader(flip(content) if is_final else content)
+
+            patch.setattr(storage, "open_file", damaged)
+            with pytest.raises(ExportError, match="is not read back as it was written"):
+                run.save()
+        assert names_in(tmp_path / ("bucket/runs" if run.path == bucket else "run")) == {"checkpoints"}
+
+
 # ---- what did not change --------------------------------------------------------------------------
 
 SAME = ("model.layers.1.mlp.experts.down_proj", "model.layers.2.input_layernorm.weight", "model.norm.weight")
@@ -706,14 +669,14 @@ def test_an_object_store_gets_the_same_files(
 ) -> None:
     monkeypatch.setattr(export, "FILE_BYTES", 400_000)
     local, there = make("deepseek-v3", adapter), make("deepseek-v3", adapter, path=bucket)
-    old = tmp_path / "bucket" / "one" / "final" / "model.safetensors"
+    old = tmp_path / "bucket" / "runs" / "final" / "model.safetensors"
     old.parent.mkdir(parents=True)
     old.write_bytes(b"old")
     assert there.save() == local.save()
     found = {path.name: path.read_bytes() for path in old.parent.iterdir()}
     expected = {path.name: path.read_bytes() for path in local.final.iterdir()}
     assert found == expected
-    assert names_in(tmp_path / "bucket" / "one") == {"checkpoints", "final"}
+    assert names_in(tmp_path / "bucket" / "runs") == {"checkpoints", "final"}
 
 
 @pytest.mark.parametrize("adapter", [WHOLE, LORA], ids=["whole", "lora"])
@@ -724,7 +687,7 @@ def test_what_is_refused_is_no_model_in_an_object_store(
     run = make("llama", adapter, lambda values: next(iter(values.values())).fill_(math.nan), path=bucket)
     with pytest.raises(ExportError):
         run.save()
-    final = tmp_path / "bucket" / "one" / "final"
+    final = tmp_path / "bucket" / "runs" / "final"
     assert not {"config.json", "adapter_config.json"} & (names_in(final) if final.exists() else set())
 
 

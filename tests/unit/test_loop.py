@@ -79,6 +79,12 @@ def test_the_best_evaluations_are_saved_too(monkeypatch: pytest.MonkeyPatch) -> 
     assert (progress.first_eval_loss, progress.last_eval_loss, progress.eval_step) == (5.0, 1.0, 20)
 
 
+def test_a_first_loss_that_is_not_a_number_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, progress, _ = run(monkeypatch, [float("nan"), *LOSSES[1:]], "auto")
+    assert saved == [3, 9, 10, 15, 18, 20]
+    assert progress.best_eval_loss == 0.0
+
+
 def test_a_fixed_interval_is_kept_to(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, LOSSES, 8)[0] == [8, 16, 20]
 

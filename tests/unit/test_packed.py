@@ -254,3 +254,26 @@ def test_parameters_have_one_name_each(models: dict[str, Any]) -> None:
     names = [name for name, _ in wrap(models["llama"]).named_parameters(remove_duplicate=False)]
     assert len(names) == len(set(names)) == len(list(models["llama"].parameters()))
     assert all(name.startswith("model.") for name in names)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"s_aux": torch.zeros(2)}, {"sliding_window": 16}, {"softcap": 30.0}, {"keys": 9}]
+)
+def test_attention_that_is_more_than_causal_is_refused(asked: dict[str, Any]) -> None:
+    """Left out in silence, it would train another model."""
+    from raytune_ds.errors import UserError
+    from raytune_ds.model.attention import packed_attention
+
+    num_keys = asked.pop("keys", 8)
+    query, key = torch.randn(1, 2, 8, 4), torch.randn(1, 2, num_keys, 4)
+    segments = torch.tensor([0, 8], dtype=torch.int32)
+
+    def attend(**others: Any) -> None:
+        packed_attention(
+            nn.Identity(), query, key, key, None, cu_seq_lens_q=segments, max_length_q=8, **others
+        )
+
+    with pytest.raises(UserError, match="not supported"):
+        attend(**asked)
+    if num_keys == 8:
+        attend(**dict.fromkeys(asked))

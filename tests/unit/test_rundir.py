@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 import pytest
 
 from raytune_ds import rundir, storage
@@ -241,12 +240,8 @@ def test_a_run_ends_on_a_full_disk_all_the_same(tmp_path: Path, disk: list[Disk]
 # ---- object stores --------------------------------------------------------------------------------
 
 
-def test_an_object_store_gets_the_whole_file_at_each_flush(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    monkeypatch.setattr(storage, "open_filesystem", lambda path: (store, path.removeprefix("mem://")))
-    run = RunDir("mem://runs/one")
+def test_an_object_store_gets_the_whole_file_at_each_flush(bucket: str, tmp_path: Path) -> None:
+    run = RunDir(f"{bucket}/one")
     file = opened(run)
     assert steps(run) == []
     for step in (1, 2, 3):
@@ -258,5 +253,42 @@ def test_an_object_store_gets_the_whole_file_at_each_flush(
     assert steps(run) == [1, 2]
     file.write({"step": 3, "again": True})
     file.close()
-    lines = (tmp_path / "runs/one/metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "bucket/runs/one/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [row(1), row(2), {"step": 3, "again": True}]
+
+
+def test_lines_wait_while_an_object_store_does_not_answer(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, warnings = RunDir(f"{bucket}/one"), list[str]()
+    file = opened(run, warn=warnings.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes", unreachable)
+        for step in (1, 2):
+            file.write(row(step))
+            file.flush()
+    assert warnings == [f"{run.metrics} can't be written (no route to host); its lines are kept until it can"]
+    file.flush()
+    assert steps(run) == [1, 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes", unreachable)
+        file.write(row(3))
+        file.close()
+    assert len(warnings) == 2, "one an outage"
+
+
+def unreachable(path: str, content: bytes) -> None:
+    raise OSError("no route to host")
+
+
+def test_a_restart_writes_nothing_that_is_there_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk every restart would fail otherwise."""
+    run = RunDir(str(tmp_path))
+    first = opened(run)
+    first.write(row(1))
+    first.close()
+    monkeypatch.setattr(storage, "write_bytes", unreachable)
+    opened(run, last_step=1).close()
+    assert steps(run) == [1]

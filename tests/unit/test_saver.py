@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from raytune_ds import checkpoint, saver, storage
-from raytune_ds.checkpoint import CheckpointError, Manifest, Reader
+from raytune_ds.checkpoint import Manifest, Reader
 from raytune_ds.config import CheckpointConfig
 from raytune_ds.engines import Piece, StepResult
 from raytune_ds.errors import UserError
 from raytune_ds.model.weights import Read
 from raytune_ds.saver import Label, Saver, Written
 from raytune_ds.world import World
+from tests.helpers import on_ranks
 
 ALONE = World.alone()
 IDENTITY = {"model.weights": "0123"}
@@ -85,6 +86,7 @@ class Run:
     background: bool = True
     keep: int = 100
     engine: FakeEngine = field(default_factory=FakeEngine)
+    world: World = ALONE
     done: list[Written] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -95,7 +97,7 @@ class Run:
             identity=IDENTITY,
             engine=self.engine,
             shapes={name: list(tensor.shape) for name, tensor in self.engine.tensors.items()},
-            world=ALONE,
+            world=self.world,
             done=self.done.append,
             warn=self.warnings.append,
         )
@@ -198,7 +200,6 @@ def test_a_checkpoint_says_what_it_is(root: str, small_shards: None, background:
     (written,) = run.done
     assert (written.label, written.path) == (Label(7, {"tokens": 70}, 0.5), path)
     assert written.size == sum(file.stat().st_size for file in Path(path).glob("rank-*"))
-    assert run.saver.last_written == 7
     assert run.warnings == []
 
 
@@ -411,15 +412,65 @@ def test_a_full_disk_costs_a_warning(
     assert "step 2 " in warning
     assert "No space left on device" in warning
     assert storage.list_names(root) == ["step-00000001"]
-    assert (run.steps_done, run.saver.last_written) == ([1], 1)
+    assert run.steps_done == [1]
     assert run.newest()[1].step == 1
     assert_equal(run.read(1), first)
 
     run.engine.train()
     run.save(3)
     run.saver.wait()
-    assert (run.steps_done, run.saver.last_written, len(run.warnings)) == ([1, 3], 3, 1)
+    assert (run.steps_done, len(run.warnings)) == ([1, 3], 1)
     assert_equal(run.read(3), run.engine.tensors)
+
+
+class SmallDisk:
+    """A disk with room for so many bytes of checkpoints."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, root: str, room: int) -> None:
+        self.root, self.room, self.write_bytes = Path(root), room, storage.write_bytes
+        monkeypatch.setattr(storage, "write_bytes", self.write)
+
+    def write(self, path: str, content: bytes) -> None:
+        used = sum(file.stat().st_size for file in self.root.rglob("*") if file.is_file())
+        if used + len(content) > self.room:
+            raise full()
+        self.write_bytes(path, content)
+
+
+def size_of_one(root: str) -> int:
+    run = Run(f"{root}-measured")
+    run.save(1, 0.5)
+    run.saver.wait()
+    return storage.size_of(run.root)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_older_checkpoints_make_room_for_the_newest(
+    root: str, small_shards: None, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    """The last one holds what the run was for."""
+    SmallDisk(monkeypatch, root, room=int(3.5 * size_of_one(root)))
+    run = Run(root, background=background, keep=3)
+    for step, loss in enumerate([0.1, 0.4, 0.3, 0.2], 1):
+        run.engine.train()
+        run.save(step, loss)
+        run.saver.wait()
+    assert run.warnings == []
+    assert checkpoint.steps(root) == [1, 3, 4], "the best, the one before, and the new one"
+    assert_equal(run.read(4), run.engine.tensors)
+
+
+def test_where_even_that_is_too_little_the_newest_complete_one_stays(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SmallDisk(monkeypatch, root, room=int(1.5 * size_of_one(root)))
+    run = Run(root)
+    for step in (1, 2):
+        run.save(step)
+        run.saver.wait()
+    assert len(run.warnings) == 1
+    assert checkpoint.steps(root) == [1]
+    assert run.newest()[1].step == 1
 
 
 def test_a_step_that_failed_can_be_saved_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,17 +509,17 @@ def test_what_cannot_even_be_cleared_away_is_no_checkpoint(run: Run, monkeypatch
     with monkeypatch.context() as patch:
         delete_dir, calls = storage.delete_dir, []
 
-        def fail_the_second_time(path: str) -> None:
+        def fail_from_the_second_time_on(path: str) -> None:
             calls.append(path)
-            if len(calls) == 2:
+            if len(calls) > 1:
                 raise OSError(errno.EIO, "Input/output error")
             delete_dir(path)
 
-        patch.setattr(storage, "delete_dir", fail_the_second_time)
+        patch.setattr(storage, "delete_dir", fail_from_the_second_time_on)
         fail_at(patch, 0, full())
         run.save(2)
         run.saver.wait()
-    assert len(calls) == 2
+    assert len(calls) > 1
     assert "No space left on device" in run.warnings[0]
     assert checkpoint.steps(run.root) == [1, 2]
     passed_over: list[str] = []
@@ -502,7 +553,7 @@ def test_what_is_no_matter_of_the_disk_reaches_the_caller(
         with pytest.raises(type(error)) as caught:
             ask()
         assert caught.value is error
-    assert (run.done, run.warnings, run.saver.last_written) == ([], [], None)
+    assert (run.done, run.warnings) == ([], [])
 
 
 def test_in_the_foreground_it_reaches_the_caller_at_once(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -553,7 +604,7 @@ def test_a_rehearsal_writes_reads_and_deletes_a_whole_checkpoint(
     assert_equal(run.engine.tensors, before)
     assert text == "a checkpoint of this run takes 2.0 MiB; one was written in 0.0s and read back in 5.0s"
     assert storage.list_names(root) == []
-    assert (run.done, run.warnings, run.saver.last_written) == ([], [], None)
+    assert (run.done, run.warnings) == ([], [])
 
 
 def test_a_rehearsal_after_one_that_was_interrupted(run: Run, root: str) -> None:
@@ -601,11 +652,21 @@ def test_a_rehearsal_notices_a_disk_that_changes_what_it_is_given(
         write_bytes(path, bytes(changed))
 
     monkeypatch.setattr(storage, "write_bytes", corrupt)
-    with pytest.raises(
-        CheckpointError, match=r"rehearsal/rank-00000-00000\.safetensors: its content has changed"
-    ):
+    with pytest.raises(UserError, match=r"rehearsal/rank-00000-00000\.safetensors: its content has changed"):
         run.rehearse()
     assert run.engine.loads == []
+
+
+def test_a_rehearsal_warns_of_a_disk_that_holds_too_few(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(free=10 << 20)
+    monkeypatch.setattr(saver.shutil, "disk_usage", lambda _: usage)
+    run.rehearse()
+    assert run.warnings == []
+    usage.free = 1000
+    run.rehearse()
+    (warning,) = run.warnings
+    assert "checkpoint.keep" in warning
+    assert "102 checkpoints" in warning
 
 
 def forget(engine: FakeEngine) -> None:
@@ -637,5 +698,81 @@ def test_a_rehearsal_notices_a_load_that_gives_something_else(
         spoil(run.engine)
 
     monkeypatch.setattr(run.engine, "load", load_wrongly)
-    with pytest.raises(CheckpointError, match="rehearsal: what was loaded is not what was written"):
+    with pytest.raises(UserError, match="rehearsal: what was loaded is not what was written"):
         run.rehearse()
+
+
+# ---- several ranks --------------------------------------------------------------------------------
+
+
+class RankEngine(FakeEngine):
+    """A rank's part of a state that all have."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self._rank, self._size = rank, size
+
+    def pieces(self) -> Iterator[Piece]:
+        for piece in super().pieces():
+            count = piece.tensor.numel()
+            first, last = (count * number // self._size for number in (self._rank, self._rank + 1))
+            if first < last:
+                yield Piece(piece.name, first, piece.tensor[first:last])
+
+
+def run_of(root: str, world: World) -> Run:
+    return Run(root, engine=RankEngine(world.rank, world.size), world=world)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_what_one_rank_cannot_write_no_rank_calls_written(
+    root: str, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    write_bytes = storage.write_bytes
+
+    def write(path: str, content: bytes) -> None:
+        if f"step-00000002/rank-{rank:05d}" in path:
+            raise full()
+        write_bytes(path, content)
+
+    monkeypatch.setattr(storage, "write_bytes", write)
+
+    def three_steps(world: World) -> tuple[list[int], list[str]]:
+        run = run_of(root, world)
+        for step in (1, 2, 3):
+            run.engine.train()
+            run.save(step)
+        run.saver.close()
+        return run.steps_done, run.warnings
+
+    for done, warnings in on_ranks(3, three_steps):
+        assert done == [1, 3]
+        assert len(warnings) == 1
+        assert "step 2 " in warnings[0]
+        assert "No space left on device" in warnings[0]
+    assert checkpoint.steps(root) == [1, 3]
+    assert checkpoint.verify(checkpoint.directory(root, 3), ALONE).step == 3
+
+
+def test_a_rehearsal_on_folders_that_the_ranks_do_not_share_names_the_storage(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank finds what it has written itself, and nothing else."""
+    open_file = storage.open_file
+
+    def own(path: str) -> Any:
+        if threading.current_thread().name not in path:
+            raise FileNotFoundError(path)
+        return open_file(path)
+
+    monkeypatch.setattr(storage, "open_file", own)
+
+    def rehearse(world: World) -> None:
+        threading.current_thread().name = f"rank-{world.rank:05d}"
+        run_of(root, world).rehearse()
+
+    for error in on_ranks(2, rehearse, shared=(UserError,)):
+        assert isinstance(error, UserError)
+        assert "run.storage" in str(error)
+        assert "all nodes share" in str(error)
+    assert not Path(root, "rehearsal").exists()

@@ -58,14 +58,14 @@ def _autos_in(work: Work, section: str) -> Iterator[str]:
 
 
 def gathered(work: Work) -> None:
-    """How many parameters stage 3 may hold gathered, where the file is silent: an eighth of the model.
+    """What stage 3 may hold gathered, and update at a time, where the file is silent: an eighth of the parameters.
 
-    DeepSpeed's own limit is 10^9, so that every rank would hold all of a model below that, which stage 3 is there to
-    avoid.
+    DeepSpeed's own limits are 10^9, so that every rank would hold all of a model below that, and its share of the
+    gradient twice, which stage 3 is there to avoid.
     """
     zero, total = work.values[ZERO], work.facts.num_parameters
     if zero["stage"] == 3 and total is not None:
-        for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):
+        for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance", "sub_group_size"):
             if name.removeprefix("stage3_") not in zero:  # DeepSpeed reads both, but not both at once
                 zero.setdefault(name, min(10**9, total // 8))
 

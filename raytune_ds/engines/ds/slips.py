@@ -28,6 +28,12 @@ def shapes(work: Work) -> None:
         _deprecated_offload(work, f"{ZERO}.{old}", f"{ZERO}.{part}")
     for part in ("offload_optimizer", "offload_param"):
         _offload_section(work, f"{ZERO}.{part}")
+    if as_flag(work.pop(f"{ZERO}.round_robin_gradients")) is True:
+        # DeepSpeed 0.19 lays the parameters out in another order then, but finds their parts by the old one.
+        work.note(
+            f"{ZERO}.round_robin_gradients in {work.file} is left out: with it DeepSpeed says of its parts of the "
+            "parameters that they belong to others"
+        )
     if work.pop(f"{ZERO}.cpu_offload_use_pin_memory") is not None:
         work.note(f"{ZERO}.cpu_offload_use_pin_memory in {work.file} has no effect; pin_memory has")
 

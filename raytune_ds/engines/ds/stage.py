@@ -41,6 +41,11 @@ def zero(work: Work) -> None:
     if "nvme" in devices.values():
         given = {k: v for k, v in (work.get("aio") or {}).items() if v != AUTO}
         work.put("aio", _AIO | given)
+    if stage > 1 and work.facts.bf16:
+        # Contributions that bfloat16 would round away; ddp and fsdp sum in float32 too.
+        for key in ("data_types.grad_accum_dtype", "communication_data_type"):
+            if work.told(key) is None:
+                work.put(key, "fp32")
     in_fp32 = work.get("data_types.grad_accum_dtype") == "fp32"
     if stage == 1 and in_fp32 and work.facts.bf16 and devices["offload_optimizer"] == "none":
         work.problem(
