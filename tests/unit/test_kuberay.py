@@ -390,6 +390,24 @@ def test_the_pods_have_room_for_what_the_config_asks(target: str, overrides: lis
     )
 
 
+@pytest.mark.parametrize("target", KUBERAY)
+def test_rays_autoscaler_sees_what_the_layout_says(target: str) -> None:
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    config = compose([], CONFIGS["7 workers on nodes of 8 GPUs"])
+    text, layout = render(config, target)
+    cluster = ray_cluster(ray_kind(load(text)))
+    read = _derive_autoscaling_config_from_ray_cr(
+        {"metadata": {"name": "x", "namespace": "y"}, "spec": cluster}
+    )
+    head, gpu = (read["available_node_types"][name] for name in ("headgroup", "gpu"))
+    assert head["resources"]["CPU"] == 0
+    memory = layout.node.memory_gib << 30
+    assert gpu["resources"] == {"CPU": layout.node.cpus, "GPU": layout.node.gpus, "memory": memory}
+    assert (gpu["min_workers"], gpu["max_workers"]) == (layout.min_nodes, layout.max_nodes)
+    assert read["idle_timeout_minutes"] == config.cluster.idle_timeout_minutes
+
+
 def test_seven_workers_need_one_node_of_eight_gpus() -> None:
     group = gpu_group(made("kuberay-job", CONFIGS["7 workers on nodes of 8 GPUs"]))
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (1, 1, 3)
