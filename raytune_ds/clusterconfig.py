@@ -96,24 +96,28 @@ class KubernetesConfig(Section):
         description="PersistentVolumeClaim (ReadWriteMany) that is mounted at cluster.shared_dir. null: none; "
         "run.storage must then be s3:// or gs://, opened by the service account.",
     )
-    service_account: Text = Field(
-        default="raytune-ds",
-        description="Service account of the pods; bind it to a cloud role to read buckets.",
+    service_account: Text | None = Field(
+        default=None,
+        description="Service account of the pods, bound to a cloud role that reads buckets; it must be there already. "
+        "null: the namespace's own.",
     )
     env_from: Text | None = Field(
         default="raytune-ds-env",
-        description="Secret whose entries become environment variables of the pods (HF_TOKEN, WANDB_API_KEY ...). "
-        "null: none.",
+        description="Secret whose entries become environment variables of the pods (HF_TOKEN, WANDB_API_KEY, "
+        "REDIS_PASSWORD ...); it may be missing. null: none.",
     )
-    redis: Text | None = Field(
-        default="raytune-ds-redis:6379",
-        description="Address of a Redis that keeps the cluster's state, so that the head may die. null: none.",
+    redis: Annotated[str, Field(pattern=r"^(own|[^:\s]+:\d+)$")] | None = Field(
+        default="own",
+        description="Redis that keeps the cluster's state, so that the head may die. own: a small one in the file; "
+        "an address (host:port): that one; null: none.",
     )
     queue: Text | None = Field(
         default=None, description="Kueue LocalQueue that admits all pods of a run at once. null: no Kueue."
     )
     shm_gib: Count = Field(
-        default=16, description="Shared memory of a pod in GiB, for Ray's object store and NCCL."
+        default=16,
+        description="Shared memory of a GPU pod in GiB, for Ray's object store and NCCL; it is part of the pod's "
+        "memory.",
     )
     gpu_resource: Text = Field(
         default="nvidia.com/gpu", description="Resource and taint by which the device plugin offers GPUs."

@@ -12,7 +12,6 @@ import threading
 import time
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -31,6 +30,7 @@ from raytune_ds.data.prepare import prepare
 from raytune_ds.data.stream import stream
 from raytune_ds.display import Display
 from raytune_ds.errors import UserError
+from raytune_ds.naming import stem
 from raytune_ds.rundir import RunDir
 from raytune_ds.worker import Assignment, Outcome, require_same_run, run_worker
 from raytune_ds.world import World
@@ -134,15 +134,7 @@ def assign(checked: Checked) -> Assignment:
 
 
 def _make_name(config: Config) -> str:
-    assert config.data.sources
-    parts = (
-        config.model.name.rstrip("/").rpartition("/")[2].replace(":", "-"),
-        Path(config.data.sources[0].path.rstrip("/")).stem,
-        datetime.now().strftime("%Y%m%d-%H%M%S"),
-    )
-    return "-".join("".join(c if c.isalnum() or c in "._-" else "-" for c in part) for part in parts).lstrip(
-        ".-"
-    )
+    return f"{stem(config)}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _claim(assignment: Assignment) -> None:

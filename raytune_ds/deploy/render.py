@@ -11,9 +11,11 @@ from typing import Any
 import jinja2
 import yaml
 
-from raytune_ds.compose import differences
+from raytune_ds.compose import differences, replaced
 from raytune_ds.config import Config
+from raytune_ds.deploy import kubernetes
 from raytune_ds.deploy.layout import Layout, lay_out
+from raytune_ds.naming import dns_label, lasting_name
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,13 @@ class Target:
         template: below `templates/`.
         file: what the project's own copy of the result for the default config is called.
         shares: whether the nodes share `cluster.shared_dir`.
+        lasting: whether the run is named in the file, so that another attempt resumes it.
     """
 
     template: str
     file: str
     shares: Callable[[Config], bool]
+    lasting: bool = False
 
 
 TARGETS: dict[str, Target] = {
@@ -38,9 +42,11 @@ TARGETS: dict[str, Target] = {
     "kuberay-cluster": Target(
         "kuberay-cluster.yaml.j2", "cluster/kuberay-cluster.yaml", lambda c: _claims(c)
     ),
-    "kuberay-job": Target("kuberay-job.yaml.j2", "cluster/kuberay-job.yaml", lambda c: _claims(c)),
+    "kuberay-job": Target(
+        "kuberay-job.yaml.j2", "cluster/kuberay-job.yaml", lambda c: _claims(c), lasting=True
+    ),
     "kuberay-service": Target(
-        "kuberay-service.yaml.j2", "cluster/kuberay-service.yaml", lambda c: _claims(c)
+        "kuberay-service.yaml.j2", "cluster/kuberay-service.yaml", lambda c: _claims(c), lasting=True
     ),
     "compose": Target("compose.yaml.j2", "docker/compose.yaml", lambda _: True),
     "slurm": Target("slurm.sh.j2", "cluster/slurm.sh", lambda _: True),
@@ -63,6 +69,10 @@ def render(config: Config, target: str) -> tuple[str, Layout]:
     """
     chosen = TARGETS[target]
     layout = lay_out(config, target, chosen.shares(config))
+    if target.startswith("kuberay"):
+        kubernetes.require_fit(config, layout, target)
+    if chosen.lasting:
+        config = replaced(config, run={"name": lasting_name(config)})
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("raytune_ds.deploy"),
         undefined=jinja2.StrictUndefined,
@@ -72,7 +82,9 @@ def render(config: Config, target: str) -> tuple[str, Layout]:
         autoescape=False,
     )
     environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
+    environment.filters["dns"] = dns_label
     text = environment.get_template(chosen.template).render(
+        config=config,
         cluster=config.cluster,
         layout=layout,
         run=config.run,

@@ -20,7 +20,7 @@ ROOT = Path(raytune_ds.__file__).parent
 ROOMS = """
     raytune_ds data model demo
     errors storage tensorfile console hub section clusterconfig config keys aliases yamlfile problems compose
-    confighelp plan command deploy deploy.instances deploy.layout deploy.render
+    naming confighelp plan command deploy deploy.instances deploy.layout deploy.kubernetes deploy.render
     demo.data data.formats data.sources data.readers_lines data.readers_json data.readers data.order data.packing
     data.store data.share data.tokenizer data.inputs
     data.template data.scatter data.buckets data.batch data.stream data.prepare data.show
@@ -36,8 +36,8 @@ ROOMS = """
 """.split()
 
 LIGHT = """
-    errors storage console hub section clusterconfig config keys aliases yamlfile problems compose confighelp plan
-    command deploy deploy.instances deploy.layout deploy.render demo.data
+    errors storage console hub section clusterconfig config keys aliases yamlfile problems compose naming confighelp
+    plan command deploy deploy.instances deploy.layout deploy.kubernetes deploy.render demo.data
     data.formats data.sources data.readers_lines data.readers_json data.readers data.order
 """.split()
 HEAVY = ("torch", "ray", "transformers")
