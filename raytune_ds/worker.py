@@ -42,7 +42,7 @@ from raytune_ds.world import World
 T = TypeVar("T")
 
 Report = Callable[[str, dict[str, Any]], None]
-"""Tells the outside what happens: a kind (start, step, eval, checkpoint, checkpoint_wait, note, warning) and content."""
+"""Tells what happens: a kind (start, step, eval, checkpoint, checkpoint_wait, note, warning), its content."""
 
 OpenStream = Callable[[Store, Share, range], Iterator[list[Batch]]]
 """How the batches of some steps come to this worker."""

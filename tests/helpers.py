@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,4 +37,5 @@ def queries() -> list[str]:
     """Every query of the Grafana dashboard, those of its variables too."""
     dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     shown = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
-    return shown + [variable["query"]["query"] for variable in dashboard["templating"]["list"]]
+    variables = [variable["query"]["query"] for variable in dashboard["templating"]["list"]]
+    return shown + [re.sub(r"^label_values\((.*), \w+\)$", r"\1", query) for query in variables]

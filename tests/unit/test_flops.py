@@ -36,7 +36,7 @@ def counted(folder: Path, adapter: AdapterConfig) -> float:
 def test_as_many_as_torch_counts(
     tiny_models: dict[str, Path], architecture: str, kind: str, tolerance: float
 ) -> None:
-    """Exactly; but with frozen weights nothing flows back into the first layer's projections, which is not looked at."""
+    """Exactly; but with frozen weights nothing flows back into the first layer's projections, which is not seen."""
     folder = tiny_models[architecture]
     adapter = AdapterConfig(kind=kind, dropout=0.0)
     flops = Flops.of(build(ModelConfig(name=str(folder)), adapter, 0, FLOAT, FLOAT, False))

@@ -108,7 +108,9 @@ def test_nothing_is_trained_while_workers_restart() -> None:
     assert meter.read(*EVENTS[5]) == {"restarts": 1, "tokens_per_second": 0, "mfu_ratio": 0}
     assert meter.read("start", START | {"step": 1, "world_size": 1})["workers"] == 1
     again = meter.read("step", ROW | {"step_time_s": 4.0})
-    assert again["tokens_per_second"] == pytest.approx(25), "the rate of the former workers counts for nothing"
+    assert again["tokens_per_second"] == pytest.approx(25), (
+        "the rate of the former workers counts for nothing"
+    )
     assert meter.read(*EVENTS[5])["restarts"] == 2
 
 
@@ -173,4 +175,7 @@ def test_the_dashboard_is_sound() -> None:
             assert panel["description"].endswith(".")
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(ids) == len(set(ids))
-    assert all('run=~"$run"' in query for query in queries() if PREFIX in query)
+    choices, *_ = dashboard["templating"]["list"]
+    assert choices["name"] == "run"
+    filters = [query for query in queries() if PREFIX in query and query != f"ray_{PREFIX}step"]
+    assert all('{run=~"$run"}' in query for query in filters)
