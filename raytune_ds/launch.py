@@ -30,6 +30,7 @@ from raytune_ds.data.prepare import prepare
 from raytune_ds.data.stream import stream
 from raytune_ds.display import Display
 from raytune_ds.errors import UserError
+from raytune_ds.metrics import RunMetrics
 from raytune_ds.naming import stem
 from raytune_ds.rundir import RunDir
 from raytune_ds.worker import Assignment, Outcome, require_same_run, run_worker
@@ -173,17 +174,20 @@ def _finished_before(assignment: Assignment) -> Result | None:
 
 @ray.remote(num_cpus=0)
 class Mailbox:
-    """Events on their way from the workers to the driver."""
+    """Events on their way from the workers to the driver, and to Ray's metrics."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str) -> None:
         self._events: list[tuple[str, dict[str, Any]]] = []
+        self._metrics = RunMetrics(run)
 
     def put(self, kind: str, content: dict[str, Any]) -> None:
         """One more event."""
         self._events.append((kind, content))
+        self._metrics.note(kind, content)
 
     def take(self) -> list[tuple[str, dict[str, Any]]]:
-        """All events since the last time."""
+        """All events since the last time; with it the metrics are kept alive."""
+        self._metrics.publish()
         events, self._events = self._events, []
         return events
 
@@ -206,7 +210,7 @@ def _fit(assignment: Assignment, scale: cluster.Scale, restarts: list[str]) -> O
     """The TorchTrainer's run, shown as it goes; why workers died is added to `restarts`."""
     # On the driver's node: losing another one must not make the run go dark.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # Ray adds it
+    mailbox = Mailbox.options(scheduling_strategy=here).remote(assignment.run.name)  # type: ignore[attr-defined]  # Ray adds it
     trainer = ray.train.torch.TorchTrainer(
         partial(_worker_main, assignment=assignment, use_gpu=scale.use_gpu, mailbox=mailbox),
         scaling_config=ray.train.ScalingConfig(
@@ -222,8 +226,11 @@ def _fit(assignment: Assignment, scale: cluster.Scale, restarts: list[str]) -> O
             callbacks=[RestartReporter(mailbox)],
         ),
     )
-    with Display() as display, _Following(mailbox, display, restarts):
-        result = trainer.fit()
+    try:
+        with Display() as display, _Following(mailbox, display, restarts):
+            result = trainer.fit()
+    finally:
+        mailbox.__ray_terminate__.remote()  # its metrics go out once more, and end with it
     assert isinstance(result.return_value, Outcome)
     return result.return_value
 

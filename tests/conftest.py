@@ -17,6 +17,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_metrics_report_interval_ms", "2000")  # a test waits for it
 
 TEXTS = (
     "What does this word mean? It means that somebody asked a question and wants a short answer.",

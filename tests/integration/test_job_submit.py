@@ -2,76 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import socket
 import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.head import BIN, Head, ray_head
 from tests.helpers import step_losses, write_jsonl
-
-READY_S = 90
-BIN = Path(sys.executable).parent
-
-
-@dataclass(frozen=True)
-class Head:
-    """A Ray head of our own, beside the session's Ray."""
-
-    dashboard: str
-    environment: dict[str, str]
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """Ports and a folder of its own, so that two clusters on one machine do not meet."""
-    folder = tempfile.mkdtemp(prefix="rt")  # short: socket paths below it have 107 characters at most
-    gcs, dashboard = _free_port(), _free_port()
-    # Tokens off on both sides: whether this user has one must not decide a test. And `python` is this one.
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    environment.pop("RAY_ADDRESS", None)
-    command = [BIN / "ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
-    command += [
-        "--dashboard-agent-listen-port=0",
-        "--num-cpus=2",
-        f"--temp-dir={folder}",
-        "--disable-usage-stats",
-    ]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            _wait_for(dashboard, process)
-            yield Head(f"http://127.0.0.1:{dashboard}", environment)
-        finally:
-            process.terminate()
-            process.wait(60)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + READY_S
-    while time.monotonic() < end:
-        with socket.socket() as sock:
-            if sock.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            raise AssertionError(f"ray start ended with {process.wait(0.2)}")
-    raise TimeoutError(f"no dashboard after {READY_S} s")
+    """A Ray head of our own."""
+    with ray_head() as head:
+        yield head
 
 
 def _submit(head: Head, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

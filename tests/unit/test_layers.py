@@ -25,14 +25,14 @@ ROOMS = """
     data.store data.share data.tokenizer data.inputs
     data.template data.scatter data.buckets data.batch data.stream data.prepare data.show
     world rundir
-    model.tiny model.attention model.packed model.weights model.load model.adapters model.build
+    model.tiny model.attention model.packed model.weights model.load model.adapters model.build model.flops
     schedule
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
     engines.ds.stage engines.ds.autos engines.ds.config
     engines.choose engines.fill engines engines.adamw engines.ddp engines.fsdp engines.zero
     checkpoint saver tracking modelcard export loop worker generate evaluate
-    check cluster display launch sweep demo.run train compare cli __main__
+    check cluster display metrics launch sweep demo.run train compare cli __main__
 """.split()
 
 LIGHT = """
@@ -44,7 +44,7 @@ HEAVY = ("torch", "ray", "transformers")
 
 # Who alone may import a library.
 RESERVED = {
-    "ray": {"data.stream", "data.prepare", "cluster", "launch", "sweep"},
+    "ray": {"data.stream", "data.prepare", "cluster", "metrics", "launch", "sweep"},
     "deepspeed": {"engines.zero"},
 }
 GATHERS_ITS_MEMBERS = ("objectives", "engines")
