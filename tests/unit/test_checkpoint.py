@@ -22,7 +22,7 @@ from raytune_ds.checkpoint import CheckpointError, Manifest, Reader, ShardFile
 from raytune_ds.engines import Piece
 from raytune_ds.rundir import RunDir
 from raytune_ds.world import World
-from tests.helpers import on_ranks
+from tests.ranks import on_ranks
 
 IDENTITY = {"model": "tiny:qwen2", "adapter": {"r": 8}}
 PROGRESS = {"step": 0, "tokens": 12, "last_loss": 1.5, "first_loss": None}

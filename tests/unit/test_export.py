@@ -28,7 +28,7 @@ from raytune_ds.model.build import build
 from raytune_ds.modelcard import model_card
 from raytune_ds.rundir import RunDir
 from raytune_ds.world import World
-from tests.helpers import on_ranks
+from tests.ranks import on_ranks
 from tests.unit.test_weights import ARCHITECTURES, distinct, many_experts, opened, tie, to_fp8
 
 FLOAT, HALF = torch.float32, torch.bfloat16

@@ -21,7 +21,7 @@ from raytune_ds.errors import UserError
 from raytune_ds.model.weights import Read
 from raytune_ds.saver import Label, Saver, Written
 from raytune_ds.world import World
-from tests.helpers import on_ranks
+from tests.ranks import on_ranks
 
 ALONE = World.alone()
 IDENTITY = {"model.weights": "0123"}
