@@ -44,7 +44,15 @@ HEAVY = ("torch", "ray", "transformers")
 
 # Who alone may import a library.
 RESERVED = {
-    "ray": {"data.stream", "data.prepare", "deploy.spot_aws", "deploy.spot_gcp", "cluster", "launch", "sweep"},
+    "ray": {
+        "data.stream",
+        "data.prepare",
+        "deploy.spot_aws",
+        "deploy.spot_gcp",
+        "cluster",
+        "launch",
+        "sweep",
+    },
     "botocore": {"deploy.spot_aws"},
     "deepspeed": {"engines.zero"},
 }

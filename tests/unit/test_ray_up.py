@@ -281,7 +281,9 @@ class Amazon:
         spot = "InstanceMarketOptions" in call
         count = min(MaxCount, self.left[spot])
         if not count:
-            raise ClientError({"Error": {"Code": "InsufficientInstanceCapacity", "Message": "none"}}, "RunInstances")
+            raise ClientError(
+                {"Error": {"Code": "InsufficientInstanceCapacity", "Message": "none"}}, "RunInstances"
+            )
         self.left[spot] -= count
         self.started += [spot] * count
         started = range(len(self.started) - count, len(self.started))
@@ -306,7 +308,9 @@ def test_aws_on_demand_for_what_is_missing(spot: int, on_demand: int, started: l
     """All of it, or the rest."""
     amazon = Amazon(spot, on_demand)
     _, gpu = node_configs("aws", [])
-    nodes = aws_provider(amazon).create_node({**gpu, "SubnetIds": ["subnet-1"]}, {"ray-node-type": "worker"}, 3)
+    nodes = aws_provider(amazon).create_node(
+        {**gpu, "SubnetIds": ["subnet-1"]}, {"ray-node-type": "worker"}, 3
+    )
     assert amazon.started == started
     assert sorted(nodes) == ["i-0", "i-1", "i-2"]
 
