@@ -65,8 +65,8 @@ def _expects_cluster(given: str) -> bool:
         UserError: nobody listens at the address that the user named. Ray itself would try for a quarter of an hour.
     """
     if given in ("", "local"):
-        found = read_ray_address() if not given else None
-        return bool(found) and _listens(found)
+        found = "" if given else read_ray_address()
+        return bool(found) and _listens(str(found))
     if given != "auto" and not _listens(given):
         raise _no_cluster(given)
     return True

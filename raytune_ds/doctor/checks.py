@@ -25,12 +25,12 @@ Command = Callable[[list[str]], str]
 """Runs a command and returns what it says; FileNotFoundError, or OSError with what went wrong."""
 
 
-def examine(address: str | None, root: str | None) -> list[Finding]:
+def examine(address: str | None, root: str) -> list[Finding]:
     """All that can be found on this node alone.
 
     Args:
-        address: by which other nodes reach this one; None: there are none.
-        root: `run.storage`, absolute; None: it is looked at otherwise.
+        address: by which other nodes reach this one; None: nobody else looks at the storage either.
+        root: `run.storage`, absolute.
     """
     gpus = check_gpus()
     findings = [*check_versions(), gpus]
@@ -44,7 +44,7 @@ def examine(address: str | None, root: str | None) -> list[Finding]:
         check_compiler(),
         check_hub_token(),
     ]
-    if root is not None:
+    if address is None:
         findings.append(check_storage(root))
     return findings
 
@@ -160,10 +160,10 @@ def check_shm(path: Path = SHM) -> Finding:
     return Finding("shared memory", "ok", f"{size:.1f} GiB")
 
 
-def check_disks(root: str | None) -> Iterator[Finding]:
+def check_disks(root: str) -> Iterator[Finding]:
     """Room where Ray spills, where models of the hub are kept, and in a storage that is a directory."""
     places = {"disk of /tmp": tempfile.gettempdir(), "disk of ~": str(Path.home())}
-    if root is not None and storage.is_local(root):
+    if storage.is_local(root):
         places["disk of run.storage"] = root
     for name, place in places.items():
         yield check_disk(name, Path(place))

@@ -28,7 +28,7 @@ def examine_all(nodes: Sequence[Node], root: str) -> dict[str, list[Finding]]:
     """
     several = len(nodes) > 1
     with Delegates(nodes) as delegates:
-        own = {node: (node.address if several else None, None if several else root) for node in nodes}
+        own = {node: (node.address if several else None, root) for node in nodes}
         answers = delegates.run_each(examine, own, EXAMINE_S)
     findings = {node: _told(answer) for node, answer in answers.items()}
     there = [node for node, answer in answers.items() if not isinstance(answer, Silent)]

@@ -59,13 +59,14 @@ def all_reduce(rank: int, own_address: str, meeting: Meeting) -> float:
     """
     network.use_interface_of(own_address, os.environ)
     import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # so torch documents it
 
     store = _meet(rank, meeting)
     timeout = timedelta(seconds=CONNECT_S)
     try:
         dist.init_process_group(
             meeting.backend,
-            store=dist.PrefixStore("group", store),
+            store=PrefixStore("group", store),
             rank=rank,
             world_size=len(meeting.names),
             timeout=timeout,
@@ -80,7 +81,7 @@ def all_reduce(rank: int, own_address: str, meeting: Meeting) -> float:
 
 def _meet(rank: int, meeting: Meeting) -> Any:
     """The store that all nodes have signed."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # so torch documents it
 
     first, timeout = meeting.names[0], timedelta(seconds=CONNECT_S)
     place = f"{meeting.address}:{meeting.port} of {first}"
