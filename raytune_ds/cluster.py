@@ -119,18 +119,24 @@ def plan_scale(config: ScalingConfig, global_batch: int) -> Scale:
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     num_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    num_cpus = sum(int(node.get("CPU", 0)) for node in nodes)
     use_gpu = num_gpus > 0 if config.use_gpu == "auto" else config.use_gpu
+    there = f"{len(nodes)} node{'s' * (len(nodes) != 1)}, {num_cpus} CPUs, {num_gpus} GPUs"
+    if use_gpu and num_gpus == 0:
+        raise UserError(
+            f"scaling.use_gpu = true: the cluster has no GPU ({there}).\n"
+            "Add nodes that have, or set scaling.use_gpu=auto to train on CPUs where there is no GPU."
+        )
     room = sum(_room(node, use_gpu, config.cpus_per_worker) for node in nodes)
     if config.num_workers == "auto":
         wanted = min(room, global_batch) if use_gpu else min(room, global_batch, AUTO_CPU_WORKERS)
     else:
         wanted = config.num_workers
     if room < max(1, wanted):
-        num_cpus = sum(int(node.get("CPU", 0)) for node in nodes)
         each = f"{config.cpus_per_worker} CPU" + (" and a GPU" if use_gpu else "")
         raise UserError(
             f"scaling.num_workers = {config.num_workers}: the cluster has room for {room} with {each} each: "
-            f"{len(nodes)} node{'s' * (len(nodes) != 1)}, {num_cpus} CPUs, {num_gpus} GPUs.\n"
+            f"{there}.\n"
             "Ask for fewer workers, lower scaling.cpus_per_worker"
             + (", set scaling.use_gpu=false" if use_gpu else "")
             + ", or add nodes."

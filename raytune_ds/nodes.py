@@ -11,6 +11,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+NOT_INSTALLED = "raytune_ds is not installed there"
+
 
 @dataclass(frozen=True)
 class Node:
@@ -100,5 +102,5 @@ def _answer(ref: Any) -> Any | Silent:
     except ray.exceptions.RayError as error:
         text = str(error)
         if "No module named 'raytune_ds" in text:
-            return Silent("raytune_ds is not installed there")
+            return Silent(NOT_INSTALLED)
         return Silent(next((line for line in reversed(text.splitlines()) if line.strip()), "it died").strip())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from raytune_ds import network
@@ -11,19 +11,24 @@ from raytune_ds.console import warn
 from raytune_ds.doctor import agree, places
 from raytune_ds.doctor.versions import PACKAGES, versions
 from raytune_ds.errors import UserError
-from raytune_ds.nodes import Delegates, Node, Silent, alive
+from raytune_ds.nodes import NOT_INSTALLED, Delegates, Silent, alive
 
 DEADLINE_S = 60.0
-_DOCTOR = "`raytune-ds doctor --cluster` shows the rest."
 
 
 @dataclass(frozen=True)
-class _View:
-    """What a node sees."""
+class View:
+    """What a node sees.
 
-    versions: dict[str, str]
-    interface: str | None
-    storage: str | None
+    Attributes:
+        versions: of what has to agree.
+        interface: what is wrong with the network interfaces that are set there.
+        storage: why it can't work with the storage.
+    """
+
+    versions: Mapping[str, str]
+    interface: str | None = None
+    storage: str | None = None
 
 
 def preflight(root: str) -> None:
@@ -33,7 +38,7 @@ def preflight(root: str) -> None:
         root: `run.storage`, absolute.
 
     Raises:
-        UserError: versions differ, a node does not see the storage, or its network interface is set wrong.
+        UserError: versions differ, a node does not see the storage, or its network interface is set wrong; all of it.
     """
     nodes = alive()
     if len(nodes) == 1:
@@ -44,58 +49,50 @@ def preflight(root: str) -> None:
             answers = delegates.run(_look, root, mark, deadline_s=DEADLINE_S)
     finally:
         places.remove_mark(mark)
-    views: dict[str, _View] = {}
-    for node, answer in answers.items():
-        if isinstance(answer, Silent):
-            _say_silent(node, answer)
-        else:
-            views[node.name] = answer
-    _require_same_versions({name: view.versions for name, view in views.items()})
-    _require_interfaces({name: view.interface for name, view in views.items() if view.interface})
-    _require_storage(root, {name: view.storage for name, view in views.items() if view.storage})
+    named = {node.name: answer for node, answer in answers.items()}
+    lines = list(problems(root, named))
+    if lines:
+        lines.append("`raytune-ds doctor --cluster` shows each node's state.")
+        raise UserError("\n".join(lines))
+    for name, answer in named.items():
+        if isinstance(answer, Silent):  # it may just be dying, which is no reason not to train on the others
+            warn(f"node {name} does not answer: {answer.reason}")
 
 
-def _look(root: str, mark: str) -> _View:
+def _look(root: str, mark: str) -> View:
     """On a node."""
-    return _View(versions(), network.problem(os.environ), places.trouble(root, mark))
+    return View(versions(), network.problem(os.environ), places.trouble(root, mark))
 
 
-def _say_silent(node: Node, answer: Silent) -> None:
-    """A node that is just dying is no reason not to train on the others; one without the package is."""
-    if answer.reason == "raytune_ds is not installed there":
-        raise UserError(
-            f"node {node.name}: raytune_ds is not installed there. Install the same version on all nodes."
-        )
-    warn(f"node {node.name} does not answer: {answer.reason}")
+def problems(root: str, answers: Mapping[str, View | Silent]) -> Iterator[str]:
+    """What the user has to mend, in lines.
+
+    Args:
+        root: `run.storage`, absolute.
+        answers: by the name of the node.
+    """
+    views = {node: answer for node, answer in answers.items() if isinstance(answer, View)}
+    without = [node for node, answer in answers.items() if answer == Silent(NOT_INSTALLED)]
+    if without:
+        yield f"raytune_ds is not installed on {', '.join(without)}. Install the same version on all nodes."
+    if differences := list(_differences({node: view.versions for node, view in views.items()})):
+        yield "the nodes of the cluster have different versions:"
+        yield from differences
+        yield "Install the same on all of them, or use one image."
+    if interfaces := [f"  on {node}: {view.interface}" for node, view in views.items() if view.interface]:
+        yield "the network interface of gloo or NCCL is set wrong:"
+        yield from interfaces
+        yield "Unset it where Ray is started, and it is found by itself."
+    if unseen := [f"  {node} {view.storage}" for node, view in views.items() if view.storage]:
+        yield f"run.storage = {root}: is not shared by all nodes of the cluster:"
+        yield from unseen
+        yield "Set run.storage to a file system that all nodes mount, or to a bucket (s3://, gs://)."
 
 
-def _require_same_versions(of_nodes: Mapping[str, Mapping[str, str]]) -> None:
-    lines = []
+def _differences(of_nodes: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
     for package in PACKAGES:
         values = {node: found[package] for node, found in of_nodes.items()}
-        if odd := agree.differing(values):
-            usual = next(value for node, value in values.items() if node not in odd)
-            lines += [
-                f"  {package}: {value} on {node}, {usual} on other nodes" for node, value in odd.items()
-            ]
-    if lines:
-        raise UserError(
-            "the nodes of the cluster have different versions:\n"
-            + "\n".join(lines)
-            + f"\nInstall the same on all of them, or use one image. {_DOCTOR}"
-        )
-
-
-def _require_interfaces(problems: Mapping[str, str]) -> None:
-    if problems:
-        lines = "\n".join(f"node {node}: {problem}." for node, problem in problems.items())
-        raise UserError(f"{lines}\nUnset it there, and the interface is found by itself. {_DOCTOR}")
-
-
-def _require_storage(root: str, troubles: Mapping[str, str]) -> None:
-    if troubles:
-        lines = "\n".join(f"  node {node} {trouble}" for node, trouble in troubles.items())
-        raise UserError(
-            f"run.storage = {root}: is not shared by all nodes of the cluster:\n{lines}\n"
-            f"Set run.storage to a file system that all nodes mount, or to a bucket (s3://, gs://). {_DOCTOR}"
-        )
+        odd = agree.differing(values)
+        for node, value in odd.items():
+            usual = next(other for other_node, other in values.items() if other_node not in odd)
+            yield f"  {package}: {value} on {node}, {usual} on other nodes"
