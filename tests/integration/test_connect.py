@@ -44,6 +44,9 @@ def head() -> Iterator[str]:
     environment.pop("RAY_ADDRESS", None)
     command = [BIN / "ray", "start", "--head", "--block", f"--port={port}", f"--temp-dir={folder}"]
     command += ["--include-dashboard=false", "--num-cpus=1", "--disable-usage-stats"]
+    # Ports of its own, so that two clusters on one machine do not meet.
+    command += [f"--dashboard-port={_free_port()}", f"--ray-client-server-port={_free_port()}"]
+    command += ["--dashboard-agent-listen-port=0"]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
