@@ -8,10 +8,14 @@ from dataclasses import dataclass
 
 import ray
 
+from raytune_ds import clustertoken
 from raytune_ds.config import ScalingConfig
 from raytune_ds.errors import UserError
 
 AUTO_CPU_WORKERS = 2
+_REFUSED = (
+    "The Ray cluster at {} wants its token, and has got none or another one.\n" + clustertoken.HOW_TO_GIVE_IT
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ def connect(debug: bool) -> str:
     """Joins the cluster that RAY_ADDRESS or the last `ray start` here names, or starts an embedded Ray; says which.
 
     Raises:
-        UserError: RAY_ADDRESS names a cluster that does not answer.
+        UserError: RAY_ADDRESS names a cluster that does not answer, or the cluster wants a token that we do not have.
     """
     if ray.is_initialized():
         return "the Ray that is running"
@@ -39,9 +43,16 @@ def connect(debug: bool) -> str:
             f"RAY_ADDRESS = {address}: that address is for `ray job submit`. Submit the run as a job, or unset "
             "RAY_ADDRESS to run on an embedded Ray."
         )
+    if ":" in address and clustertoken.is_refused(address):
+        raise UserError(_REFUSED.format(address))
     try:
         context = ray.init(include_dashboard=False, **how)
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(_REFUSED.format(address or "this machine")) from error
     except ConnectionError as error:
+        started_here = str(error).rpartition(" ")[2]
+        if not address and clustertoken.is_refused(started_here):
+            raise UserError(_REFUSED.format(started_here)) from error
         if address:
             raise UserError(
                 f"RAY_ADDRESS = {address}: no Ray cluster answers there.\n"

@@ -32,7 +32,7 @@ ROOMS = """
     engines.ds.stage engines.ds.autos engines.ds.config
     engines.choose engines.fill engines engines.adamw engines.ddp engines.fsdp engines.zero
     checkpoint saver tracking modelcard export loop worker generate evaluate
-    check cluster display launch sweep demo.run train compare cli __main__
+    stopping clustertoken check cluster display launch sweep demo.run train compare cli __main__
 """.split()
 
 LIGHT = """
