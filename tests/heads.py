@@ -68,7 +68,7 @@ def run_here(command: list[str], environment: dict[str, str]) -> subprocess.Comp
 
 
 def environment_with(settings: dict[str, str]) -> dict[str, str]:
-    """This environment with other settings; none for Ray but those. And `python` is the one that runs the tests."""
+    """Ours with other settings, none for Ray's address and tokens but them; `python` is that of the tests."""
     kept = {name: value for name, value in os.environ.items() if name not in _OURS_TO_SAY}
     return kept | {"PATH": f"{BIN}:{os.environ['PATH']}"} | settings
 

@@ -129,6 +129,10 @@ def test_ctrl_c_leaves_a_run_that_resumes(run: Run, folder: Path, tmp_path: Path
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "stopped"
 
 
+CONNECT = """
+from raytune_ds import cluster, command
+raise SystemExit(command.guarded(lambda: cluster.connect(False), False))
+"""
 STRANGERS = {
     "no token": {"RAY_AUTH_MODE": "token"},
     "tokens off": {"RAY_AUTH_MODE": "disabled"},
@@ -139,8 +143,7 @@ STRANGERS = {
 @pytest.mark.parametrize("who", STRANGERS)
 def test_who_has_not_got_the_token_is_told_so(who: str, head: Head, folder: Path, tmp_path: Path) -> None:
     stranger = environment_with({"HOME": str(tmp_path), **STRANGERS[who]})
-    connect = "from raytune_ds import cluster, command; raise SystemExit(command.guarded(lambda: cluster.connect(False), False))"
-    refused = run_here(["python", "-c", connect], stranger | {"RAY_ADDRESS": head.gcs})
+    refused = run_here(["python", "-c", CONNECT], stranger | {"RAY_ADDRESS": head.gcs})
     assert refused.returncode == 2
     assert "wants its token" in refused.stderr
     assert clustertoken.HOW_TO_GIVE_IT.split(":")[0] in refused.stderr
