@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.head import Head, ray_head
 from tests.helpers import Run
 
 # Before any test imports the libraries that read them.
@@ -82,6 +83,19 @@ def ray_session() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+TOKEN = "5a" * 32
+
+
+@pytest.fixture(scope="session")
+def token_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A Ray head that wants TOKEN; those who belong to it have it where Ray looks for it, in a home of their own."""
+    home = tmp_path_factory.mktemp("home")
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text(TOKEN)
+    with ray_head({"HOME": str(home), "RAY_AUTH_MODE": "token"}) as head:
+        yield head
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A Ray head as `ray start --head` makes it, beside the session's Ray."""
+"""A Ray head as `ray start --head` makes it, beside the session's Ray, and jobs submitted to it as the README has it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-READY_S = 90
+READY_S = 120
+JOB_S = 240
 BIN = Path(sys.executable).parent
+TOKENS_OFF = {"RAY_AUTH_MODE": "disabled"}
+_OURS_TO_SAY = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,49 @@ class Head:
         address: for drivers.
         dashboard: for jobs.
         folder: of its sessions.
-        environment: for commands that talk to it.
+        environment: of those who belong to it.
+        pid: of `ray start`.
     """
 
     address: str
     dashboard: str
     folder: Path
     environment: dict[str, str]
+    pid: int
+
+    def submit(
+        self,
+        folder: Path,
+        *arguments: str,
+        options: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """`ray job submit` of a training from `folder`; by someone with another environment, if one is given."""
+        command = [
+            "ray",
+            "job",
+            "submit",
+            "--address",
+            self.dashboard,
+            *options,
+            "--working-dir",
+            str(folder),
+        ]
+        command += ["--", "python", "-m", "raytune_ds.train", *arguments]
+        return run_here(command, environment or self.environment)
+
+
+def run_here(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A command line's output and exit code."""
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=JOB_S, check=False
+    )
+
+
+def environment_with(settings: dict[str, str]) -> dict[str, str]:
+    """Ours with other settings, none for Ray's address and tokens but them; `python` is that of the tests."""
+    kept = {name: value for name, value in os.environ.items() if name not in _OURS_TO_SAY}
+    return kept | {"PATH": f"{BIN}:{os.environ['PATH']}"} | settings
 
 
 def free_port() -> int:
@@ -43,25 +82,26 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def ray_head() -> Iterator[Head]:
-    """Ports and a folder of its own, so that two clusters on one machine do not meet."""
+def ray_head(settings: dict[str, str]) -> Iterator[Head]:
+    """Ports and a folder of its own, so that two clusters on one machine do not meet.
+
+    Args:
+        settings: environment variables of the head and its clients, about tokens above all: whether this user has one
+            must not decide a test.
+    """
     folder = tempfile.mkdtemp(prefix="rt")  # short: socket paths below it have 107 characters at most
     gcs, dashboard = free_port(), free_port()
-    # Tokens off on both sides: whether this user has one must not decide a test. And `python` is this one.
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    environment.pop("RAY_ADDRESS", None)
+    environment = environment_with(settings)
     command = [BIN / "ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
-    command += [
-        "--dashboard-agent-listen-port=0",
-        "--num-cpus=2",
-        f"--temp-dir={folder}",
-        "--disable-usage-stats",
-    ]
+    command += [f"--ray-client-server-port={free_port()}", "--dashboard-agent-listen-port=0"]
+    command += ["--num-cpus=2", f"--temp-dir={folder}", "--disable-usage-stats"]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             wait_for_port(dashboard, process)
-            yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", Path(folder), environment)
+            yield Head(
+                f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", Path(folder), environment, process.pid
+            )
         finally:
             process.terminate()
             process.wait(60)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.head import Head, free_port, ray_head, wait_for_port
+from tests.head import TOKENS_OFF, Head, free_port, ray_head, wait_for_port
 from tests.helpers import queries
 
 pytestmark = [
@@ -73,7 +73,7 @@ def answer(prometheus: str, query: str) -> list[Any]:
 
 def test_every_query_of_the_dashboard_is_answered(tmp_path: Path) -> None:
     """While the run goes on; once it has ended, it is gone."""
-    with ray_head() as head:
+    with ray_head(TOKENS_OFF) as head:
         config = head.folder / "session_latest/metrics/prometheus/prometheus.yml"
         with prometheus(config, tmp_path / "prometheus") as url:
             with training(head, tmp_path / "runs") as run:

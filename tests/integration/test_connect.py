@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,52 +16,14 @@ import pytest
 from raytune_ds import cluster
 from raytune_ds.config import ScalingConfig
 from raytune_ds.errors import UserError
+from tests.conftest import TOKEN
+from tests.head import Head, free_port
 
-BIN = Path(sys.executable).parent
-READY_S = 120
-TOKEN = "a" * 40
 CODE = """
 from raytune_ds import cluster
 from raytune_ds.command import guarded
 raise SystemExit(guarded(lambda: print(cluster.connect(False)) or 0, debug=False))
 """
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[str]:
-    """The address of a Ray head that wants the token TOKEN."""
-    folder, port = tempfile.mkdtemp(prefix="rt"), _free_port()
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "HOME": folder}
-    environment.pop("RAY_ADDRESS", None)
-    command = [BIN / "ray", "start", "--head", "--block", f"--port={port}", f"--temp-dir={folder}"]
-    command += ["--include-dashboard=false", "--num-cpus=1", "--disable-usage-stats"]
-    # Ports of its own, so that two clusters on one machine do not meet.
-    command += [f"--dashboard-port={_free_port()}", f"--ray-client-server-port={_free_port()}"]
-    command += ["--dashboard-agent-listen-port=0"]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            _wait_until_started(folder, process)
-            yield f"127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(60)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _wait_until_started(folder: str, process: subprocess.Popen[bytes]) -> None:
-    """`ray start` writes the address down at its end."""
-    end = time.monotonic() + READY_S
-    while not (Path(folder) / "ray_current_cluster").exists():
-        assert time.monotonic() < end
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            raise AssertionError(f"ray start ended with {process.wait(0.2)}")
 
 
 @pytest.fixture
@@ -88,8 +47,8 @@ def _connect(home: Path, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def test_the_right_token(head: str, home: Path) -> None:
-    code, said = _connect(home, RAY_ADDRESS=head, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
+def test_the_right_token(token_head: Head, home: Path) -> None:
+    code, said = _connect(home, RAY_ADDRESS=token_head.address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
     assert (code, "the Ray cluster at" in said) == (0, True), said
 
 
@@ -103,10 +62,10 @@ def test_the_right_token(head: str, home: Path) -> None:
     ids=["missing", "wrong", "mode unset"],
 )
 def test_a_token_that_is_missing_or_wrong(
-    head: str, home: Path, environment: dict[str, str], words: str
+    token_head: Head, home: Path, environment: dict[str, str], words: str
 ) -> None:
     """With what to do, and without a stack of Ray's."""
-    code, said = _connect(home, RAY_ADDRESS=head, **environment)
+    code, said = _connect(home, RAY_ADDRESS=token_head.address, **environment)
     assert code == 2, said
     for part in (words, "RAY_AUTH_TOKEN", "RAY_AUTH_MODE=token"):
         assert part in said
@@ -117,7 +76,7 @@ def test_a_token_that_is_missing_or_wrong(
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "no-such-host.invalid:6379", "nonsense"])
 def test_a_head_that_is_not_there(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     """At once: Ray itself would go on trying for a quarter of an hour."""
-    address = address.format(port=_free_port())
+    address = address.format(port=free_port())
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     with pytest.raises(UserError, match="no Ray cluster answers there") as caught:
@@ -130,7 +89,7 @@ def test_the_address_of_a_cluster_that_is_gone_is_passed_over(
 ) -> None:
     """`ray start` leaves it behind when the machine goes down; Ray itself would try to join that cluster."""
     (tmp_path / "ray").mkdir()
-    (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{_free_port()}")
+    (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{free_port()}")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert _where_it_goes(monkeypatch) == "local"

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.head import BIN, Head, ray_head
+from tests.head import TOKENS_OFF, Head, ray_head
 from tests.helpers import step_losses, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A Ray head of our own."""
-    with ray_head() as head:
-        yield head
-
-
-def _submit(head: Head, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [BIN / "ray", "job", "submit", "--address", head.dashboard, "--working-dir", folder, "--"]
-    command += ["python", "-m", "raytune_ds.train", *arguments]
-    return subprocess.run(
-        command, env=head.environment, capture_output=True, text=True, timeout=240, check=False
-    )
+    """One without tokens."""
+    with ray_head(TOKENS_OFF) as started:
+        yield started
 
 
 def test_a_submitted_job_trains_and_its_log_reads_well(head: Head, tmp_path: Path) -> None:
@@ -37,7 +28,7 @@ def test_a_submitted_job_trains_and_its_log_reads_well(head: Head, tmp_path: Pat
     (folder / "my.yaml").write_text(
         "data: {sources: rows.jsonl, seq_len: 128}\ntrain: {max_steps: 12, global_batch: 4}\n"
     )
-    done = _submit(head, folder, "--config", "my.yaml", f"run.storage={storage}", "run.name=job")
+    done = head.submit(folder, "--config", "my.yaml", f"run.storage={storage}", "run.name=job")
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(step_losses(str(storage / "job"))) == 12
     assert json.loads((storage / "job" / "result.json").read_text())["num_workers"] == 2
@@ -52,7 +43,7 @@ def test_a_mistake_fails_the_job_with_our_message(head: Head, tmp_path: Path) ->
     """Not with a stack of Ray's."""
     folder = tmp_path / "job"
     folder.mkdir()
-    failed = _submit(head, folder, "data.sources=missing.jsonl", f"run.storage={tmp_path}")
+    failed = head.submit(folder, "data.sources=missing.jsonl", f"run.storage={tmp_path}")
     assert failed.returncode != 0
     assert "missing.jsonl" in failed.stdout
     assert "no such file" in failed.stdout

@@ -34,7 +34,7 @@ ROOMS = """
     engines.choose engines.fill engines engines.adamw engines.ddp engines.fsdp engines.zero
     checkpoint saver tracking modelcard export loop worker generate evaluate
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
-    doctor.cluster doctor.report
+    doctor.cluster doctor.report stopping
     check cluster preflight torchgroup display metrics launch sweep demo.run train compare doctor.verb cli __main__
 """.split()
 
