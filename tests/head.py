@@ -1,4 +1,4 @@
-"""A Ray head as `ray start --head` makes it, beside the session's Ray, and jobs submitted to it as the README has it."""
+"""A Ray head as `ray start --head` makes it, beside the session's Ray, and jobs submitted as the README has it."""
 
 from __future__ import annotations
 
