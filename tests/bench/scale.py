@@ -186,11 +186,13 @@ def _print(name: str, trainable: int, peaks: list[dict[str, float]], stalls: dic
     # DeepSpeed keeps float32 masters beside what it computes with, which is float32 here, and a buffer of gradients.
     state = share * (5 if name.startswith("zero") else 3)
     train = state if name.startswith("zero") else state + share
+    step = train + 4 * largest
+    files = 2 * 256
     ideal = {
         "load": (state + largest, "state of a rank, one whole parameter"),
-        "train": (train + 2 * largest, "and gradients; embedding and head gathered"),
-        "save": (train + 512, "state, two files of 256 MiB"),
-        "save, background": (train + 3 * share + 512, "and a copy of parameters and moments"),
+        "train": (step, "and gradients; embedding and head gathered, and their gradients"),
+        "save": (max(step, train + files), "the same, or two files of 256 MiB"),
+        "save, background": (step + 3 * share + files, "both, and a copy of parameters and moments"),
         "export": (train + 3 * share + 3 * 1024, "state, copy, and three times a file of 1 GiB"),
     }
     table = Table(
