@@ -114,7 +114,7 @@ def _check_engine(config: Config) -> dict[str, Any] | None:
         return None
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            "engine: its keys ask for DeepSpeed (kind=zero, stage, config, nvme_path or offload=optimizer), and "
+            "engine: its keys ask for DeepSpeed (kind=zero, stage, config or offload=optimizer), and "
             "deepspeed is not installed; pip install deepspeed, or set engine.kind=fsdp"
         )
     given = dsconfig.load(engine.config) if engine.config is not None else None

@@ -414,18 +414,13 @@ class EngineConfig(Section):
         "parameters: these and the parameters (zero stage 3, fsdp). null: what engine.config says, otherwise none, "
         "which is fastest.",
     )
-    nvme_path: Text | None = Field(
-        default=None,
-        description="Directory on a local NVMe disk that what engine.offload names goes to instead of host memory "
-        "(zero stage 3). null: host memory, which is faster.",
-    )
     config: Text | None = Field(
         default=None,
         description="Path of a DeepSpeed ds_config.json for zero. Its auto values are filled in from this config; "
         "values that contradict it are refused. null: made from this section, which is enough for most.",
     )
 
-    @field_validator("stage", "offload", "nvme_path", "config")
+    @field_validator("stage", "offload", "config")
     @classmethod
     def _belongs_to_the_kind(cls, value: Any, info: ValidationInfo) -> Any:
         kind, name = info.data.get("kind", "auto"), info.field_name
@@ -442,15 +437,13 @@ class EngineConfig(Section):
             raise about(
                 "offload", f"parameters are sharded by ZeRO stage 3 only, and engine.stage is {self.stage}"
             )
-        if self.nvme_path is not None and (self.offload == "none" or self.stage in (1, 2)):
-            raise about("nvme_path", "needs engine.stage=3 and engine.offload optimizer or parameters")
         return self
 
     @property
     def asks_for_zero(self) -> bool:
         """Whether a key is set that only DeepSpeed ZeRO knows."""
-        given = (self.stage, self.nvme_path, self.config)
-        return self.kind == "zero" or self.offload == "optimizer" or any(v is not None for v in given)
+        given = self.stage is not None or self.config is not None
+        return self.kind == "zero" or self.offload == "optimizer" or given
 
 
 class ScalingConfig(Section):

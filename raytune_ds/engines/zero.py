@@ -257,7 +257,7 @@ class _Partitions:
         return math.sqrt(square) if torch.tensor(square, dtype=torch.float32).isfinite() else math.inf
 
     def _squared_norms(self) -> Iterator[torch.Tensor]:
-        """Of the parts of the gradient that are here; of offloaded ones, maybe on a disk, DeepSpeed keeps the norms."""
+        """Of the parts of the gradient that are here; of offloaded ones DeepSpeed keeps the norms."""
         zero = self._zero
         if getattr(zero, "norm_for_param_grads", None):
             for norm in zero.norm_for_param_grads.values():

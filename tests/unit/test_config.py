@@ -67,7 +67,7 @@ DEFAULTS = {
         "eval_steps": None,
         "logging_steps": 1,
     },
-    "engine": {"kind": "auto", "stage": None, "offload": None, "nvme_path": None, "config": None},
+    "engine": {"kind": "auto", "stage": None, "offload": None, "config": None},
     "scaling": {"num_workers": "auto", "use_gpu": "auto", "cpus_per_worker": 1, "max_failures": 3},
     "checkpoint": {"every_steps": "auto", "keep": 2, "background": True, "rehearse": True},
     "tracking": {"to": ["tensorboard"]},
@@ -306,7 +306,10 @@ def test_every_choice_is_explained_or_plain() -> None:
         ),
         (["engine.kind=fsdp", "engine.offload=optimizer"], "fsdp offloads everything or nothing"),
         (["engine.stage=2", "engine.offload=parameters"], "parameters are sharded by ZeRO stage 3 only"),
-        (["engine.kind=zero", "engine.stage=2", "engine.nvme_path=/nvme"], "needs engine.stage=3"),
+        (
+            ["engine.stage=3", "engine.nvme_path=/nvme"],
+            "engine.nvme_path (command line): unknown key; DeepSpeed's offload to a disk (nvme) is not supported",
+        ),
     ],
 )
 def test_engine_settings_that_do_not_fit_are_refused(overrides: list[str], message: str) -> None:
