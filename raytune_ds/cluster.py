@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -15,6 +16,8 @@ from raytune_ds.config import ScalingConfig
 from raytune_ds.errors import UserError
 
 AUTO_CPU_WORKERS = 2
+MAY_GROW = "RAYTUNE_DS_MAY_GROW"
+"""Environment variable of the head, where jobs run: the nodes that may still come, as `Layout.may_grow` writes them."""
 CONNECT_S = 5.0
 TRIES = 5  # of Ray, a second each, once somebody listens there
 _TOKEN = (
@@ -25,11 +28,16 @@ _TOKEN = (
 
 @dataclass(frozen=True)
 class Scale:
-    """The workers of a run and what each of them gets."""
+    """The workers of a run and what each of them gets.
+
+    Attributes:
+        nodes_to_come: that the autoscaler has to add for them.
+    """
 
     num_workers: int
     use_gpu: bool
     cpus_per_worker: int
+    nodes_to_come: int = 0
 
 
 def connect(debug: bool) -> str:
@@ -108,7 +116,7 @@ def _no_cluster(given: str) -> UserError:
 
 
 def plan_scale(config: ScalingConfig, global_batch: int) -> Scale:
-    """The workers that the cluster has room for.
+    """The workers that the cluster has room for, or will have once it has grown.
 
     Args:
         config: num_workers auto is one a GPU, or two where there is none.
@@ -117,7 +125,8 @@ def plan_scale(config: ScalingConfig, global_batch: int) -> Scale:
     Raises:
         UserError: the cluster can never place them.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = alive + _to_come(alive)
     num_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     num_cpus = sum(int(node.get("CPU", 0)) for node in nodes)
     use_gpu = num_gpus > 0 if config.use_gpu == "auto" else config.use_gpu
@@ -141,7 +150,23 @@ def plan_scale(config: ScalingConfig, global_batch: int) -> Scale:
             + (", set scaling.use_gpu=false" if use_gpu else "")
             + ", or add nodes."
         )
-    return Scale(wanted, use_gpu, config.cpus_per_worker)
+    room_now = sum(_room(node, use_gpu, config.cpus_per_worker) for node in alive)
+    waited_for = 0
+    for node in nodes[len(alive) :]:
+        if room_now < wanted:
+            room_now += _room(node, use_gpu, config.cpus_per_worker)
+            waited_for += 1
+    return Scale(wanted, use_gpu, config.cpus_per_worker, waited_for)
+
+
+def _to_come(alive: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The nodes that the autoscaler may still add. Ray itself does not tell what those are."""
+    if not (text := os.environ.get(MAY_GROW)):
+        return []
+    kind = json.loads(text)
+    most = int(kind.pop("nodes"))
+    there = sum(all(node.get(name, 0) >= amount for name, amount in kind.items()) for node in alive)
+    return [kind] * max(0, most - there)
 
 
 def _room(node: dict[str, float], use_gpu: bool, cpus_per_worker: int) -> int:

@@ -30,6 +30,7 @@ from raytune_ds.data.prepare import prepare
 from raytune_ds.data.stream import stream
 from raytune_ds.display import Display
 from raytune_ds.errors import UserError
+from raytune_ds.fetch import fetch
 from raytune_ds.metrics import RunMetrics
 from raytune_ds.naming import stem
 from raytune_ds.preflight import preflight
@@ -88,11 +89,14 @@ def launch(config: Config, debug: bool = False) -> Result:
     scale = cluster.plan_scale(config.scaling, config.train.global_batch)
     preflight(checked.root)
     say(f"{scale.num_workers} {'GPU' if scale.use_gpu else 'CPU'} worker(s) on {where}")
+    if scale.nodes_to_come:
+        say(f"the cluster has to grow by {scale.nodes_to_come} node(s) for them, which takes minutes")
     with stoppable():
         return _launch(checked, scale, started)
 
 
 def _launch(checked: Checked, scale: cluster.Scale, started: float) -> Result:
+    fetch(checked.model, checked.base.revision, scale.use_gpu)
     assignment = assign(checked)
     if (done := _finished_before(assignment)) is not None:
         say(f"run: {assignment.run.path} is finished already; raise train.num_train_epochs to continue it")

@@ -83,18 +83,18 @@ class Delegates:
             ray.kill(delegate)
 
     def run(
-        self, function: Callable[..., Any], *arguments: Any, deadline_s: float
+        self, function: Callable[..., Any], *arguments: Any, deadline_s: float | None = None
     ) -> dict[Node, Any | Silent]:
-        """The answer of every node to the same question; Silent for those without one after `deadline_s`."""
+        """The answer of every node to the same question; Silent for those without one after `deadline_s`, if any."""
         return self.run_each(function, dict.fromkeys(self._delegates, arguments), deadline_s)
 
     def run_each(
-        self, function: Callable[..., Any], arguments: Mapping[Node, Sequence[Any]], deadline_s: float
+        self, function: Callable[..., Any], arguments: Mapping[Node, Sequence[Any]], deadline_s: float | None
     ) -> dict[Node, Any | Silent]:
         """As `run`, but each node has arguments of its own."""
         asked = {node: self._delegates[node].run.remote(function, given) for node, given in arguments.items()}
         done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=deadline_s)
-        late = Silent(f"no answer after {deadline_s:.0f} s")
+        late = Silent(f"no answer after {deadline_s or 0:.0f} s")
         return {node: _answer(ref) if ref in done else late for node, ref in asked.items()}
 
 

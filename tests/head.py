@@ -17,6 +17,7 @@ from pathlib import Path
 READY_S = 120
 JOB_S = 240
 BIN = Path(sys.executable).parent
+_BLOCKS = "This command will now block"  # what `ray start --block` says when all is up
 TOKENS_OFF = {"RAY_AUTH_MODE": "disabled"}
 _OURS_TO_SAY = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
@@ -91,14 +92,17 @@ def ray_head(settings: dict[str, str]) -> Iterator[Head]:
     """
     folder = tempfile.mkdtemp(prefix="rt")  # short: socket paths below it have 107 characters at most
     gcs, dashboard = free_port(), free_port()
-    environment = environment_with(settings)
+    # Nobody waits for half a minute until a head that is no longer needed has drained.
+    environment = environment_with(settings | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"})
     command = [BIN / "ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
     command += [f"--ray-client-server-port={free_port()}", "--dashboard-agent-listen-port=0"]
     command += ["--num-cpus=2", f"--temp-dir={folder}", "--disable-usage-stats"]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    log = Path(folder) / "ray-start.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
         try:
             wait_for_port(dashboard, process)
+            _wait_until_it_is_through(process, log)
             yield Head(
                 f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", Path(folder), environment, process.pid
             )
@@ -106,6 +110,16 @@ def ray_head(settings: dict[str, str]) -> Iterator[Head]:
             process.terminate()
             process.wait(60)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_until_it_is_through(process: subprocess.Popen[bytes], log: Path) -> None:
+    """The dashboard answers before `ray start` knows whether its node has come up."""
+    end = time.monotonic() + READY_S
+    while _BLOCKS not in log.read_text(errors="replace"):
+        assert time.monotonic() < end
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(0.2)
+            raise AssertionError(f"ray start ended with {code}:\n{log.read_text(errors='replace')[-2000:]}")
 
 
 def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 
@@ -51,6 +52,11 @@ class Layout:
         """What Ray is told of a GPU node before there is one."""
         kind = {f"accelerator_type:{self.node.gpu}": 1} if self.node.gpu and self.node.gpus else {}
         return {"CPU": self.node.cpus, "GPU": self.node.gpus} | kind
+
+    @property
+    def may_grow(self) -> str:
+        """What a run on the head is told of the nodes that may still come, as JSON; see `cluster.MAY_GROW`."""
+        return json.dumps({"nodes": self.max_nodes, "CPU": self.node.cpus, "GPU": self.node.gpus})
 
     @property
     def price(self) -> float | None:

@@ -504,7 +504,9 @@ def test_pods_have_no_more_rights_than_they_need(target: str, overrides: list[st
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
             for variable in container.get("env", ()):
-                assert variable["name"] == "HF_HOME" or set(variable["valueFrom"]) == {"secretKeyRef"}
+                assert variable["name"] in ("HF_HOME", "RAYTUNE_DS_MAY_GROW") or set(
+                    variable["valueFrom"]
+                ) == {"secretKeyRef"}
 
 
 @pytest.mark.parametrize("target", KUBERAY)

@@ -34,8 +34,8 @@ ROOMS = """
     engines.choose engines.fill engines engines.adamw engines.ddp engines.fsdp engines.zero
     checkpoint saver tracking modelcard export loop worker generate evaluate
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
-    doctor.cluster doctor.report stopping
-    check cluster preflight torchgroup display metrics launch sweep demo.run train compare doctor.verb cli __main__
+    doctor.cluster doctor.report stopping check
+    cluster preflight fetch torchgroup display metrics launch sweep demo.run train compare doctor.verb cli __main__
 """.split()
 
 LIGHT = """
@@ -57,6 +57,7 @@ RESERVED = {
         "nodes",
         "cluster",
         "torchgroup",
+        "fetch",
         "metrics",
         "launch",
         "sweep",
