@@ -19,7 +19,13 @@ DS_ACCELERATOR=cpu DS_BUILD_CPU_ADAM=1 CC=$work/c++ CXX=$work/c++ \
     --wheel-dir "$work" deepspeed
 python3 -m wheel unpack --dest "$work" "$work"/deepspeed-*.whl
 unpacked=$(echo "$work"/deepspeed-*/)
-strip --strip-debug "$unpacked"/deepspeed/ops/adam/cpu_adam_op*.so
+op=$(echo "$unpacked"/deepspeed/ops/adam/cpu_adam_op*.so)
+strip --strip-debug "$op"
+objdump --disassemble "$op" > "$work/op.s"
+if [[ $CPU_ARCH == x86-64-v[123] ]] && grep --quiet '%zmm' "$work/op.s"; then
+    echo "the CPU optimizer was compiled with AVX-512 in spite of CPU_ARCH=$CPU_ARCH" >&2
+    exit 1
+fi
 # The op has no CUDA code and serves both devices; this says for which of them it may be loaded.
 echo 'import os; accelerator_name = os.environ.get("DS_ACCELERATOR", "cpu")' \
     >> "$unpacked"/deepspeed/git_version_info_installed.py
