@@ -140,7 +140,8 @@ def test_no_compiler_runs_at_the_first_step_with_offload(box: Sandbox, images: I
         (folder / name).chmod(0o755)
     options = (f"--volume={folder}:/stand-in:ro", "--env=PATH=/stand-in:/opt/venv/bin:/usr/bin:/bin")
     offload = "adapter.kind=none engine.kind=zero engine.stage=2 engine.offload=optimizer"
-    script = f"{' '.join(TRAIN)} {offload} train.max_steps=2 train.global_batch=4 && cat ~/called; ls ~/.cache/torch_extensions; true"
+    train = f"{' '.join(TRAIN)} {offload} train.max_steps=2 train.global_batch=4"
+    script = f"{train} && cat ~/called; ls ~/.cache/torch_extensions; true"
     said = _run(box, target, "bash", "-c", script, options=options)
     assert "finished: 2 steps" in said
     assert "/stand-in/" not in said
