@@ -137,7 +137,8 @@ class Images:
         return self.buildah(
             *("build", "--format=docker", "--layers", "--pull-never", "--file=docker/Dockerfile"),
             *(f"--target={target}", f"--tag=raytune-ds:{target}", f"--build-arg=BASE_IMAGE={BASE}"),
-            *(f"--build-arg=PIP_ARGS={os.environ.get('PIP_ARGS', '')}", "--build-arg=VERSION=1.2.3"),
+            "--build-arg=VERSION=1.2.3",
+            *([f"--build-arg=PIP_ARGS={args}"] if (args := os.environ.get("PIP_ARGS")) else []),
             *(f"--volume={source}:{target}:ro" for source, target in _pip_settings(self.folder).items()),
             ".",
         )
