@@ -84,17 +84,25 @@ COUNT_NODES = (
 )
 
 
+# Health conditions are left out, since podman's timers need systemd; and a busy machine starts Ray slowly.
+_PATIENT = {"RAY_raylet_start_wait_time_s": "180"}
+OVERRIDE = {
+    "services": {
+        "head": {"environment": _PATIENT},
+        "worker": {"environment": _PATIENT, "depends_on": {"head": {"condition": "service_started"}}},
+    }
+}
+
+
 @pytest.fixture(scope="module")
 def cluster(images: Images) -> Iterator[Cluster]:
-    """Up, with all its nodes there. Health conditions are left out: podman's timers need systemd."""
-    override = images.folder / "override.yaml"
-    override.write_text(
-        yaml.safe_dump({"services": {"worker": {"depends_on": {"head": {"condition": "service_started"}}}}})
-    )
+    """Up, with all its nodes there."""
     with sandbox(images) as box:
+        override = images.folder / "override.yaml"
+        override.write_text(yaml.safe_dump(OVERRIDE))
         up = Cluster(box, override)
         up.compose("up", "--detach", "--scale", "worker=2", *SERVICES)
-        until(lambda: up.nodes() == 3, 180, "three nodes")
+        until(lambda: up.nodes() == 3, 300, "three nodes")
         yield up
 
 

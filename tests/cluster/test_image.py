@@ -30,7 +30,9 @@ def box(images: Images) -> Iterator[Sandbox]:
 
 
 def _run(box: Sandbox, target: str, *command: str, options: tuple[str, ...] = ()) -> str:
-    common = ("run", "--rm", "--network=none", "--init", "--shm-size=1g", *options)
+    # A busy machine starts Ray slowly.
+    patient = "--env=RAY_raylet_start_wait_time_s=180"
+    common = ("run", "--rm", "--network=none", "--init", "--shm-size=1g", patient, *options)
     return box.podman(*common, f"raytune-ds:{target}", *command)
 
 
