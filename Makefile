@@ -2,10 +2,14 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PIP_ARGS ?=
+ENGINE ?= $(shell for engine in docker podman buildah; do $$engine info > /dev/null 2>&1 && echo $$engine && break; done)
+COMPOSE ?= $(shell docker compose version > /dev/null 2>&1 && echo docker compose || echo $(CURDIR)/$(BIN)/podman-compose)
+N ?= 2
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup train test parity lint format bench cluster-files lock clean
+.PHONY: help setup train test parity lint format bench cluster-files image image-cpu image-cuda up down image-check \
+    lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -42,6 +46,26 @@ bench: $(READY)  ## speed beside the plain Hugging Face recipe, paired in one pr
 
 cluster-files: $(READY)  ## write cluster/ and docker/compose.yaml anew, from the templates
 	$(BIN)/python -m tests.cluster_files
+
+image: image-cpu image-cuda  ## container images raytune-ds:cpu and raytune-ds:cuda, by docker, podman or buildah
+
+# torch's own index has the CPU build; PyPI has the one for CUDA.
+image-cpu: IMAGE_PIP_ARGS := --extra-index-url https://download.pytorch.org/whl/cpu
+image-cpu image-cuda: image-%:
+	@test -n '$(ENGINE)' || { echo 'make image needs docker, podman or buildah, or ENGINE=...'; exit 1; }
+	BUILDAH_FORMAT=docker $(ENGINE) build --file docker/Dockerfile --target $* --tag raytune-ds:$* \
+	    --build-arg PIP_ARGS='$(or $(PIP_ARGS),$(IMAGE_PIP_ARGS))' \
+	    --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+	    --build-arg REVISION=$$(git rev-parse HEAD 2> /dev/null || echo unknown) .
+
+up: $(if $(findstring podman-compose,$(COMPOSE)),$(READY))  ## a cluster of containers on this machine, N=2 CPU workers; GPU=1: one worker with all GPUs
+	$(COMPOSE) --file docker/compose.yaml $(if $(GPU),--profile gpu) up --detach --scale worker=$(if $(GPU),0,$(N))
+
+down:  ## remove those containers; what is on their shared volume stays
+	$(COMPOSE) --file docker/compose.yaml --profile gpu down
+
+image-check: $(READY)  ## build the images without an engine, train in them, a cluster of them; about ten minutes, as root
+	PIP_ARGS='$(PIP_ARGS)' $(BIN)/python -m pytest -m cluster tests/cluster/test_image.py tests/cluster/test_compose.py
 
 lock: $(READY)  ## pin what is installed now
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v '@' | sed 's/+cpu$$//' > requirements.lock
