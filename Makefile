@@ -5,18 +5,18 @@ PIP_ARGS ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup train test parity lint format bench lock clean
+.PHONY: help setup train test parity lint format bench cluster-files lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 setup: $(READY)  ## install the package and its pinned dependencies into .venv
 
 $(READY): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint requirements.lock --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint requirements.lock --editable '.[dev,cluster]'
 	@touch $@
 
 train: $(READY)  ## the demo: a tiny DeepSeek-V3-shaped model learns a domain, in about five minutes on two cores
@@ -39,6 +39,9 @@ format: $(READY)  ## let ruff format the code
 
 bench: $(READY)  ## speed beside the plain Hugging Face recipe, paired in one process
 	$(BIN)/python -m tests.bench
+
+cluster-files: $(READY)  ## write cluster/ and docker/compose.yaml anew, from the templates
+	$(BIN)/python -m tests.cluster_files
 
 lock: $(READY)  ## pin what is installed now
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v '@' | sed 's/+cpu$$//' > requirements.lock

@@ -165,14 +165,24 @@ def _add_render(verb: argparse.ArgumentParser) -> None:
     from raytune_ds.deploy.render import TARGETS
 
     add_config_arguments(verb)
-    verb.add_argument("--target", required=True, choices=list(TARGETS), help="what the file is for")
+    verb.add_argument(
+        "--target", required=True, metavar="TARGET", help=f"what the file is for: {', '.join(TARGETS)}"
+    )
     verb.add_argument("--output", metavar="FILE", help="write it there instead of printing it")
 
 
 def _render(arguments: argparse.Namespace) -> int:
+    from raytune_ds.aliases import close
     from raytune_ds.compose import compose, dump
-    from raytune_ds.deploy.render import describe, render
+    from raytune_ds.deploy.render import TARGETS, describe, render
 
+    if arguments.target not in TARGETS:
+        near = close(arguments.target, tuple(TARGETS), 0.6)
+        raise UserError(
+            f"--target {arguments.target}: "
+            + (f"did you mean {near[0]}? " if near else "")
+            + f"There are {', '.join(TARGETS)}."
+        )
     config = compose(arguments.config, arguments.overrides)
     if arguments.print_config:
         sys.stdout.write(dump(config))
@@ -182,7 +192,7 @@ def _render(arguments: argparse.Namespace) -> int:
         sys.stdout.write(text)
     else:
         _write_new(arguments.output, text)
-        say(f"written to {arguments.output}")
+        say(f"written to {arguments.output}, which begins with how it is used")
     err.print(describe(layout), markup=False)
     return 0
 

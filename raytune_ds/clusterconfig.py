@@ -22,6 +22,11 @@ class AwsConfig(Section):
     head_instance_type: Text = Field(
         default="m7i.xlarge", description="Instance of the head node, which trains nothing."
     )
+    machine_image: Text = Field(
+        default="ami-0123456789abcdef0",
+        description="AMI of all nodes: Ubuntu with Docker, NVIDIA's driver and its container toolkit. The default stands "
+        "for yours; the file says how to look it up.",
+    )
     disk_gib: Count = Field(
         default=200, description="Disk of a node in GiB: the image, a model of the hub, DeepSpeed's builds."
     )
@@ -32,8 +37,8 @@ class AwsConfig(Section):
     )
     instance_profile: Text | None = Field(
         default=None,
-        description="Name of the IAM instance profile of the nodes, which lets them read run.storage on s3://. null: "
-        "the one that Ray makes, which reads S3.",
+        description="Name of the IAM instance profile of all nodes. It must let them read run.storage on s3:// and let "
+        "the head control EC2 and pass the role on. null: Ray makes one for the head, and GPU nodes have none.",
     )
 
 
@@ -51,6 +56,11 @@ class GcpConfig(Section):
     )
     head_machine_type: Text = Field(
         default="n2-standard-4", description="Machine of the head node, which trains nothing."
+    )
+    machine_image: Text = Field(
+        default="projects/deeplearning-platform-release/global/images/family/common-cu129-ubuntu-2204-nvidia-580",
+        description="Disk image of all nodes: Ubuntu with Docker, NVIDIA's driver and its container toolkit, such as "
+        "Google's deep learning images.",
     )
     disk_gib: Count = Field(
         default=200, description="Disk of a node in GiB: the image, a model of the hub, DeepSpeed's builds."
@@ -73,7 +83,7 @@ class OnpremConfig(Section):
         description="Addresses of the GPU nodes, as the head node reaches them.",
     )
     ssh_user: Text = Field(
-        default="ubuntu", description="User that SSH logs in as; docker must be open to it."
+        default="ubuntu", description="User that SSH logs in as; docker must be open to it, and its id be 1000, as in the image."
     )
     ssh_key: Text = Field(
         default="~/.ssh/id_ed25519",

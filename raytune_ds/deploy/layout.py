@@ -12,6 +12,8 @@ from raytune_ds.deploy.instances import INSTANCES, Cloud, Instance
 from raytune_ds.errors import UserError
 
 AUTO_NODES = 2
+HEAD_AT_LEAST = Instance(cpus=2, memory_gib=8)
+"""A head whose machine is not one of those known here."""
 _MAX_NODES_KEY = {"onprem": "cluster.onprem.workers"}
 ELSEWHERE = Instance(cpus=8, memory_gib=64, gpus=1)
 """A GPU node where no cloud says what it has."""
@@ -43,6 +45,12 @@ class Layout:
     min_nodes: int
     max_nodes: int
     storage: str
+
+    @property
+    def resources(self) -> dict[str, int]:
+        """What Ray is told of a GPU node before there is one."""
+        kind = {f"accelerator_type:{self.node.gpu}": 1} if self.node.gpu and self.node.gpus else {}
+        return {"CPU": self.node.cpus, "GPU": self.node.gpus} | kind
 
     @property
     def price(self) -> float | None:
@@ -87,6 +95,11 @@ def lay_out(config: Config, target: str, shared: bool) -> Layout:
     if cluster.min_nodes > max_nodes:
         problems.append(f"cluster.min_nodes = {cluster.min_nodes}: there are {max_nodes} at most.")
     storage = _storage(config, shared, problems)
+    if target == "aws" and storage.startswith("s3://") and cluster.aws.instance_profile is None:
+        problems.append(
+            f"run.storage = {storage}: the GPU nodes may not read it. Name an IAM instance profile that may in "
+            "cluster.aws.instance_profile (Ray makes one for the head alone), or use cluster.aws.file_system."
+        )
     if problems:
         raise UserError("\n".join(problems))
     num_nodes = max_nodes if workers is None else needed
@@ -108,10 +121,10 @@ def _machines(cluster: ClusterConfig, target: str, problems: list[str]) -> tuple
     """A GPU node and the head."""
     if target == "aws":
         node = _instance("aws", "cluster.aws.instance_type", cluster.aws.instance_type, cluster, problems)
-        return _given(node, cluster), INSTANCES["aws"].get(cluster.aws.head_instance_type, ELSEWHERE)
+        return _given(node, cluster), INSTANCES["aws"].get(cluster.aws.head_instance_type, HEAD_AT_LEAST)
     if target == "gcp":
         node = _instance("gcp", "cluster.gcp.machine_type", cluster.gcp.machine_type, cluster, problems)
-        return _given(node, cluster), INSTANCES["gcp"].get(cluster.gcp.head_machine_type, ELSEWHERE)
+        return _given(node, cluster), INSTANCES["gcp"].get(cluster.gcp.head_machine_type, HEAD_AT_LEAST)
     return _given(ELSEWHERE, cluster), None
 
 

@@ -100,21 +100,23 @@ def settings(config: Config, layout: Layout) -> str:
 def describe(layout: Layout) -> str:
     """The nodes and their price, for people."""
     node = layout.node
-    workers = (
-        "as many workers as there is room for"
-        if layout.num_workers is None
-        else f"{layout.num_workers} worker(s)"
-    )
-    each = f"{layout.cpus_per_worker} CPU(s)" + (" and a GPU" if layout.use_gpu else "")
-    gpus = f"{node.gpus} {node.gpu or 'GPU(s)'}, " if node.gpus else ""
+    gpus = [f"{node.gpus} x {node.gpu}" if node.gpu else _count(node.gpus, "GPU")] if node.gpus else []
+    has = ", ".join([*gpus, _count(node.cpus, "CPU"), f"{node.memory_gib} GiB"])
+    each = ("a GPU and " if layout.use_gpu else "") + _count(layout.cpus_per_worker, "CPU")
+    many = "as many as fit" if layout.num_workers is None else str(layout.num_workers)
+    few = f"{layout.min_nodes} to " if layout.min_nodes != layout.max_nodes else ""
     lines = [
-        f"{workers} of {each}, {layout.workers_per_node} on a node of {gpus}{node.cpus} CPUs and {node.memory_gib} GiB"
-        f"; {layout.min_nodes} to {layout.max_nodes} nodes",
+        f"nodes: {few}{layout.max_nodes}, each with {has}",
+        f"workers: {many}, each with {each}; {layout.workers_per_node} on a node",
         f"run.storage: {layout.storage}",
     ]
     if layout.price is not None:
         lines.append(
-            f"about {layout.price:,.2f} US dollars an hour with all nodes up, by list prices on demand of late 2025; "
-            "spot nodes cost about a third of it"
+            f"price: about {layout.price:,.2f} US dollars an hour with all nodes up, by the on-demand list prices of "
+            "late 2025; spot nodes cost about a third of theirs"
         )
     return "\n".join(lines)
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number} {of}{'s' * (number != 1)}"

@@ -20,7 +20,7 @@ ROOT = Path(raytune_ds.__file__).parent
 ROOMS = """
     raytune_ds data model demo
     errors storage tensorfile console hub section clusterconfig config keys aliases yamlfile problems compose
-    confighelp plan command deploy deploy.instances deploy.layout deploy.render
+    confighelp plan command deploy deploy.instances deploy.layout deploy.render deploy.spot_aws deploy.spot_gcp
     demo.data data.formats data.sources data.readers_lines data.readers_json data.readers data.order data.packing
     data.store data.share data.tokenizer data.inputs
     data.template data.scatter data.buckets data.batch data.stream data.prepare data.show
@@ -44,7 +44,8 @@ HEAVY = ("torch", "ray", "transformers")
 
 # Who alone may import a library.
 RESERVED = {
-    "ray": {"data.stream", "data.prepare", "cluster", "launch", "sweep"},
+    "ray": {"data.stream", "data.prepare", "deploy.spot_aws", "deploy.spot_gcp", "cluster", "launch", "sweep"},
+    "botocore": {"deploy.spot_aws"},
     "deepspeed": {"engines.zero"},
 }
 GATHERS_ITS_MEMBERS = ("objectives", "engines")
