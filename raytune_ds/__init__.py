@@ -19,7 +19,9 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     tracking, modelcard, export        what else a run leaves behind
     loop, worker                       the training loop; one worker from start to end (no Ray in either)
     generate, evaluate                 answers and scores of a finished run
-    check, cluster, launch (R)         what is tried first; the Ray it runs on; a config to a finished run
+    network, nodes (R), doctor/        the interface between nodes; a function on each of them; what is wrong
+    check, cluster, preflight (R)      what is tried first, of the config and of the cluster; the Ray it runs on
+    torchgroup, launch (R)             torch's process group; a config to a finished run
     demo/, train, compare, cli         the bundled demo; runs side by side; the command lines
 
 A row's way from a file to a gradient: `inputs` finds files and formats; `prepare` reads them with Ray Data, and its

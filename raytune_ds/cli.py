@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         ("generate", "answer prompts with a finished run", _generate, _add_generate),
         ("compare", "runs side by side: a table, and their curves", _compare, _add_compare),
         ("render", "the files of a cluster for a run", _render, _add_render),
+        ("doctor", "what this node or a cluster has, and what to mend", _doctor, _add_doctor),
         ("demo", "the bundled demo: a tiny model learns a domain", _demo, _add_demo),
     ):
         base = parser(f"raytune-ds {name}", summary)
@@ -205,6 +206,28 @@ def _write_new(path: str, text: str) -> None:
         raise UserError(f"--output {path}: is there already; choose another name.") from error
     except OSError as error:
         raise UserError(f"--output {path}: can't be written: {error.strerror}") from error
+
+
+# ------------------------------------------------------------------------------------------------ doctor
+
+
+def _add_doctor(verb: argparse.ArgumentParser) -> None:
+    add_config_arguments(verb)
+    verb.add_argument(
+        "--cluster", action="store_true", help="all nodes of the Ray cluster, not this one alone"
+    )
+    verb.add_argument("--json", action="store_true", help="print JSON in place of a table")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from raytune_ds.compose import compose, dump
+    from raytune_ds.doctor.verb import doctor
+
+    config = compose(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        sys.stdout.write(dump(config))
+        return 0
+    return doctor(config, on_cluster=arguments.cluster, json=arguments.json, debug=arguments.debug)
 
 
 # -------------------------------------------------------------------------------------------------- demo

@@ -31,7 +31,9 @@ from raytune_ds.data.prepare import prepare
 from raytune_ds.data.stream import stream
 from raytune_ds.display import Display
 from raytune_ds.errors import UserError
+from raytune_ds.preflight import preflight
 from raytune_ds.rundir import RunDir
+from raytune_ds.torchgroup import NodesTorchConfig
 from raytune_ds.worker import Assignment, Outcome, require_same_run, run_worker
 from raytune_ds.world import World
 
@@ -77,6 +79,7 @@ def launch(config: Config, debug: bool = False) -> Result:
     say("\n".join((f"model: {config.model.name}", *checked.report.lines())))
     where = cluster.connect(debug)
     scale = cluster.plan_scale(config.scaling, config.train.global_batch)
+    preflight(checked.root)
     say(f"{scale.num_workers} {'GPU' if scale.use_gpu else 'CPU'} worker(s) on {where}")
     assignment = assign(checked)
     if (done := _finished_before(assignment)) is not None:
@@ -88,6 +91,8 @@ def launch(config: Config, debug: bool = False) -> Result:
     try:
         outcome = _fit(assignment, scale, restarts)
     except TrainingFailedError as error:
+        if isinstance(mistake := getattr(error, "controller_failure", None), UserError):
+            raise mistake from error
         _write_result(assignment, scale, started, Outcome(error=str(error)), restarts)
         warn(
             f"the run failed; its checkpoints stay, and the same command with run.name={assignment.run.name} resumes it"
@@ -212,6 +217,7 @@ def _fit(assignment: Assignment, scale: cluster.Scale, restarts: list[str]) -> O
     mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # Ray adds it
     trainer = ray.train.torch.TorchTrainer(
         partial(_worker_main, assignment=assignment, use_gpu=scale.use_gpu, mailbox=mailbox),
+        torch_config=NodesTorchConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=scale.num_workers,
             use_gpu=scale.use_gpu,

@@ -32,19 +32,26 @@ ROOMS = """
     engines.ds.stage engines.ds.autos engines.ds.config
     engines.choose engines.fill engines engines.adamw engines.ddp engines.fsdp engines.zero
     checkpoint saver tracking modelcard export loop worker generate evaluate
-    check cluster display launch sweep demo.run train compare cli __main__
+    network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
+    doctor.cluster doctor.report
+    check cluster preflight torchgroup display launch sweep demo.run train compare doctor.verb cli __main__
 """.split()
 
 LIGHT = """
     errors storage console hub section clusterconfig config keys aliases yamlfile problems compose confighelp plan
     command deploy deploy.instances deploy.layout deploy.render demo.data
     data.formats data.sources data.readers_lines data.readers_json data.readers data.order
+    network doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
+    doctor.report
 """.split()
 HEAVY = ("torch", "ray", "transformers")
 
 # Who alone may import a library.
 RESERVED = {
-    "ray": {"data.stream", "data.prepare", "deploy.spot_aws", "deploy.spot_gcp", "cluster", "launch", "sweep"},
+    "ray": {
+        *("data.stream", "data.prepare", "deploy.spot_aws", "deploy.spot_gcp", "nodes", "cluster", "torchgroup"),
+        *("launch", "sweep"),
+    },
     "botocore": {"deploy.spot_aws"},
     "deepspeed": {"engines.zero"},
 }
