@@ -21,7 +21,6 @@ import psutil
 
 SHARED = "/srv"
 """Where every machine sees one and the same folder, as an NFS mount would be."""
-SHM = "1g"
 READY_S = 20
 TOOLS = {  # and the Debian package that has each
     "unshare": "util-linux",
@@ -45,7 +44,7 @@ while sleep 3600; do :; done
 """
 
 # One machine. $1: the folder of the world; $2: its name; $3: its address. It reads a line once its link is there.
-_MACHINE = f"""
+_MACHINE = """
 set -e
 hostname "$2"
 mount -t tmpfs tmpfs "$1/$2"
@@ -53,7 +52,7 @@ for place in /root /tmp /run; do
     mkdir -p "$1/$2/upper$place" "$1/$2/work$place"
     mount -t overlay overlay -o "lowerdir=$place,upperdir=$1/$2/upper$place,workdir=$1/$2/work$place" $place
 done
-mount -t tmpfs -o size={SHM} tmpfs /dev/shm
+mount -t tmpfs tmpfs /dev/shm
 rm -rf /root/.ray /root/.ssh /tmp/ray
 mkdir -p /run/sshd
 cp "$1/bashrc" /root/.bashrc
@@ -281,6 +280,8 @@ def _write_bashrc(folder: Path, environment: dict[str, str]) -> None:
         f'export PATH="{Path(sys.executable).parent}:$PATH"',
         f'export PYTHONPATH="{checkout}"',
         "export RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1 TQDM_DISABLE=1",
+        # Several machines share the CPUs of one: threads of one would wait for those of another, starts take longer.
+        "export OMP_THREAD_LIMIT=1 RAY_agent_register_timeout_ms=120000",
         *(f'export {name}="{value}"' for name, value in environment.items()),
     ]
     (folder / "bashrc").write_text("\n".join(lines) + "\n")
