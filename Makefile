@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup train test parity lint format bench cluster-files lock clean
+.PHONY: help setup train test test-cluster parity lint format bench cluster-files lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -24,6 +24,9 @@ train: $(READY)  ## the demo: a tiny DeepSeek-V3-shaped model learns a domain, i
 
 test: $(READY)  ## all tests: no network, no GPU
 	$(BIN)/python -m pytest tests
+
+test-cluster: $(READY)  ## a real cluster of machines made of namespaces; root, about ten minutes, no network
+	$(BIN)/python -m pytest tests/cluster -m cluster -s
 
 parity: $(READY)  ## every engine beside one plain process, the whole table; about twenty minutes on two cores
 	$(BIN)/python -m tests.matrix

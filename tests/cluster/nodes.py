@@ -73,7 +73,9 @@ def why_not() -> str | None:
         return "namespaces, links and sshd need root"
     if missing := sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None}):
         return f"to be installed: {' '.join(missing)}"
-    tried = subprocess.run(["unshare", "-n", "-m", "-p", "-f", "true"], capture_output=True, text=True, check=False)
+    tried = subprocess.run(
+        ["unshare", "-n", "-m", "-p", "-f", "true"], capture_output=True, text=True, check=False
+    )
     return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else None
 
 
@@ -186,8 +188,32 @@ class World:
     def add(self, name: str, address: str) -> Machine:
         """One more machine, up and answering SSH."""
         (self.folder / name).mkdir()
-        command = ["nsenter", "-t", str(self.pid), "-n", "-m", "-p", "unshare", "-n", "-m", "-p", "-u", "-i", "-f"]
-        command += ["--kill-child", "--mount-proc", "bash", "-c", _MACHINE, "-", str(self.folder), name, address]
+        command = [
+            "nsenter",
+            "-t",
+            str(self.pid),
+            "-n",
+            "-m",
+            "-p",
+            "unshare",
+            "-n",
+            "-m",
+            "-p",
+            "-u",
+            "-i",
+            "-f",
+        ]
+        command += [
+            "--kill-child",
+            "--mount-proc",
+            "bash",
+            "-c",
+            _MACHINE,
+            "-",
+            str(self.folder),
+            name,
+            address,
+        ]
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
         pid = _descendant(process.pid, 2)  # nsenter, unshare, and the first process of the new namespace
@@ -224,7 +250,18 @@ def new_world(environment: dict[str, str] | None = None) -> Iterator[World]:
         (folder / "shared").mkdir()
         _write_keys(folder)
         _write_bashrc(folder, environment or {})
-        command = ["setpriv", "--pdeathsig", "KILL", "unshare", "-n", "-m", "-p", "-f", "--kill-child", "--mount-proc"]
+        command = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "unshare",
+            "-n",
+            "-m",
+            "-p",
+            "-f",
+            "--kill-child",
+            "--mount-proc",
+        ]
         process = subprocess.Popen([*command, "bash", "-c", _WORLD, "-", str(folder)], stdout=subprocess.PIPE)
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n", "the namespaces could not be made"

@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,13 @@ class Cluster:
         """Waits for so many, the head included; returns the seconds it took."""
         return wait_until(f"{number} nodes are up", lambda: len(self.nodes()) == number, NODES_S)
 
-    def submit(self, folder: Path, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
-        """Starts `ray job submit` of a training, with its output in `log`."""
+    def submit(
+        self, folder: Path, log: Path, *arguments: str, options: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
+        """Starts `ray job submit` of a training, with its output in `log`; `options` are for Ray."""
         return self.desk.start(
-            *("ray", "job", "submit", "--working-dir", folder, "--", "python", "-m", "raytune_ds.train"),
-            *arguments,
+            *("ray", "job", "submit", "--working-dir", folder, *options, "--"),
+            *("python", "-m", "raytune_ds.train", *arguments),
             log=log,
             RAY_AUTH_MODE="token",
             RAY_ADDRESS=f"http://{self.head.address}:8265",

@@ -1,4 +1,4 @@
-"""The shipped AWS file of `ray up`: moto plays EC2 and IAM, and the machines that it invents are there to answer SSH."""
+"""The shipped AWS file of `ray up`: moto plays EC2 and IAM, and the machines it invents are there to answer SSH."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.cluster.nodes import Machine, World, new_world, wait_until
 from tests.cluster.rayup import ray_up, rendered
 
 pytest.importorskip("moto")
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 NET = "10.99.1"
 DESK, HEAD, NODES = f"{NET}.2", f"{NET}.4", (f"{NET}.5", f"{NET}.6")  # EC2 hands addresses out from .4 on

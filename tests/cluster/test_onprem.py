@@ -14,8 +14,12 @@ from tests.cluster.nodes import SHARED, World, new_world, wait_until
 from tests.cluster.rayup import Cluster, ray_up, rendered
 from tests.helpers import step_losses, write_jsonl
 
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
 HEAD, WORKERS = "10.99.0.10", ("10.99.0.11", "10.99.0.12")
-CPUS = (os.cpu_count() or 1) + 1  # one more than the head says it has: a worker that wants them all fits on no other
+CPUS = (
+    os.cpu_count() or 1
+) + 1  # one more than the head says it has: a worker that wants them all fits on no other
 JOB_S = 420
 CUT_S = 45.0
 NUM_STEPS = 150
@@ -125,3 +129,27 @@ def test_a_killed_raylet_and_a_cut_link_cost_only_time(
     assert submitted.wait(JOB_S) == 0, log.read_text()
     assert step_losses(str(run)) == calm
     assert len(json.loads((run / "result.json").read_text())["restarts"]) == 2
+
+
+def test_a_wrong_interface_is_named(world: World, cluster: Cluster, job: Path) -> None:
+    """One that the user has set, before anything is trained."""
+    log = world.folder / "wrong.log"
+    wrong = json.dumps({"env_vars": {"GLOO_SOCKET_IFNAME": "eth7"}})
+    submitted = cluster.submit(job, log, *SETTINGS, "run.name=wrong", options=("--runtime-env-json", wrong))
+    assert submitted.wait(JOB_S) != 0
+    assert "GLOO_SOCKET_IFNAME = eth7: there is no such network interface; there is eth0" in log.read_text()
+    assert not (world.shared / "runs" / "wrong").exists()
+
+
+def test_a_head_that_is_cut_off_is_said_so(world: World, cluster: Cluster) -> None:
+    """At once, where its address can't be reached at all."""
+    desk, head = world.machines[:2]
+    address = f"{head.address}:6379"
+    head.cut()
+    try:
+        refused = desk.run("python", "-m", "raytune_ds.train", check=False, RAY_ADDRESS=address)
+    finally:
+        head.mend()
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert f"RAY_ADDRESS = {address}: no Ray cluster answers there" in refused.stdout + refused.stderr
+    assert "Traceback" not in refused.stderr
