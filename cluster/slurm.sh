@@ -44,6 +44,8 @@ address=$(python -c 'import ray.util; print(ray.util.get_node_ip_address())'):$p
 # Others on the node can't join: the key is this job's, and handed on in the environment.
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_ADDRESS=$address
+# When Ray ends here, nothing is left to move to other nodes; it would wait for that.
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 
 background=()
 training=

@@ -24,8 +24,8 @@ class AwsConfig(Section):
     )
     machine_image: Text = Field(
         default="ami-0123456789abcdef0",
-        description="AMI of all nodes: Ubuntu with Docker, NVIDIA's driver and its container toolkit. The default stands "
-        "for yours; the file says how to look it up.",
+        description="AMI of all nodes: Ubuntu with Docker, NVIDIA's driver and its container toolkit. The default "
+        "stands for yours; the file says how to look it up.",
     )
     disk_gib: Count = Field(
         default=200, description="Disk of a node in GiB: the image, a model of the hub, DeepSpeed's builds."
@@ -83,7 +83,8 @@ class OnpremConfig(Section):
         description="Addresses of the GPU nodes, as the head node reaches them.",
     )
     ssh_user: Text = Field(
-        default="ubuntu", description="User that SSH logs in as; docker must be open to it, and its id be 1000, as in the image."
+        default="ubuntu",
+        description="User that SSH logs in as; docker must be open to it, and its id be 1000, as in the image.",
     )
     ssh_key: Text = Field(
         default="~/.ssh/id_ed25519",

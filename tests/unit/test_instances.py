@@ -6,7 +6,7 @@ import re
 
 import botocore.session
 import pytest
-from ray.util import accelerators
+from ray.util.accelerators import accelerators
 
 from raytune_ds.config import Config
 from raytune_ds.deploy.instances import INSTANCES, Instance

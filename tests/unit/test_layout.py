@@ -135,5 +135,7 @@ def test_all_refusals_at_once() -> None:
 
 def test_the_key_to_a_bucket_is_a_profile() -> None:
     """The refusal's own advice is taken."""
-    layout = laid_out("aws", "run.storage=s3://bucket/runs", "cluster.aws.instance_profile=trainer", shared=False)
+    layout = laid_out(
+        "aws", "run.storage=s3://bucket/runs", "cluster.aws.instance_profile=trainer", shared=False
+    )
     assert layout.storage == "s3://bucket/runs"
