@@ -90,7 +90,7 @@ def _join(given: str, how: dict[str, Any]) -> Any:
             _TOKEN.format(what="the Ray cluster wants a token, and there is none here")
         ) from error
     except ConnectionError as error:
-        if "Unauthenticated" in str(error.__cause__):
+        if "Authentication" in str(error.__cause__):
             where = f"RAY_ADDRESS = {given}: " if given else ""
             raise UserError(
                 _TOKEN.format(what=f"{where}the Ray cluster refuses the token, or misses one")

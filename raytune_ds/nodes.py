@@ -11,6 +11,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raytune_ds.hub import first_line
+
 NOT_INSTALLED = "raytune_ds is not installed there"
 
 
@@ -103,4 +105,6 @@ def _answer(ref: Any) -> Any | Silent:
         text = str(error)
         if "No module named 'raytune_ds" in text:
             return Silent(NOT_INSTALLED)
+        if isinstance(error, ray.exceptions.RayTaskError) and str(error.cause).strip():
+            return Silent(first_line(error.cause))
         return Silent(next((line for line in reversed(text.splitlines()) if line.strip()), "it died").strip())

@@ -40,6 +40,6 @@ class _NodesBackend(_TorchBackend):  # type: ignore[misc]  # Ray's, untyped
 def _use_interface() -> str | None:
     """In a worker: chooses the interface; what is wrong with the one that the user chose."""
     if problem := network.problem(os.environ):
-        return f"on node {platform.node()}: {problem}."
+        return f"on node {platform.node()}: {problem}.\nUnset it where Ray is started, and it is found by itself."
     network.use_interface_of(ray.util.get_node_ip_address(), os.environ)
     return None

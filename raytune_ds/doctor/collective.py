@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from raytune_ds import network
 MIB = 1 << 20
 SIZE_MIB = {"gloo": 16, "nccl": 256}
 ROUNDS = 4
-CONNECT_S = 20.0
+CONNECT_S = 15.0
 """How long a node may take to appear; the collective itself gets as long again."""
 
 
@@ -73,6 +74,8 @@ def all_reduce(rank: int, own_address: str, meeting: Meeting) -> float:
         )
         return _measure(meeting)
     except RuntimeError as error:
+        if waited_for := re.search(r"keys: \S*/(\d+)$", str(error).strip()):
+            raise ConnectionError(f"{meeting.names[int(waited_for[1])]} did not join the group") from None
         raise ConnectionError(_told(error)) from None
     finally:
         if dist.is_initialized():
