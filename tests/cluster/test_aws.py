@@ -70,7 +70,8 @@ def test_machines_come_when_they_are_asked_for_and_go(world: World) -> None:
     """From a head alone to two GPU nodes: spot where EC2 has it (moto gives one at a time), the rest on demand."""
     desk, head, *nodes = world.machines
     serve = "from moto.server import main; main(['--host', '0.0.0.0', '--port', '5000'])"
-    desk.start("python", "-c", serve, log=world.folder / "moto.log")
+    moto_log = world.folder / "moto.log"
+    desk.start("python", "-c", serve, log=moto_log, MOTO_IAM_LOAD_MANAGED_POLICIES="true")
     listens = ["bash", "-c", f"</dev/tcp/{DESK}/5000"]
     wait_until("moto answers", lambda: desk.run(*listens, check=False).returncode == 0, 60)
     seeded = json.loads(_python(desk, _SEED, f"{NET}.0/24", f"{world.key}.pub"))
