@@ -1,4 +1,4 @@
-"""The machines that the other tests here stand on: apart from each other and from this one, and gone without a trace."""
+"""The machines that the other tests stand on: apart from each other and from this one, and gone without a trace."""
 
 from __future__ import annotations
 
