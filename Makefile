@@ -8,8 +8,8 @@ N ?= 2
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup train test parity lint format bench cluster-files image image-cpu image-cuda up down image-check \
-    lock clean
+.PHONY: help setup train test test-cluster parity lint format bench cluster-files \
+    image image-cpu image-cuda up down image-check lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -28,6 +28,10 @@ train: $(READY)  ## the demo: a tiny DeepSeek-V3-shaped model learns a domain, i
 
 test: $(READY)  ## all tests: no network, no GPU
 	$(BIN)/python -m pytest tests
+
+test-cluster: $(READY)  ## a real cluster of machines made of namespaces; root, about ten minutes, no network
+	$(BIN)/python -m pytest -m cluster -s tests/cluster/test_nodes.py tests/cluster/test_onprem.py \
+	    tests/cluster/test_aws.py tests/cluster/test_metrics.py
 
 parity: $(READY)  ## every engine beside one plain process, the whole table; about twenty minutes on two cores
 	$(BIN)/python -m tests.matrix

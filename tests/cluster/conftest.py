@@ -1,4 +1,4 @@
-"""What the tests of images and containers share: the images, built once."""
+"""What the tests on real nodes and containers share; each says why where this machine is not able to run it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import containers
+from tests.cluster import containers, nodes
+
+
+@pytest.fixture(scope="session")
+def machines() -> None:
+    """Namespaces, links and sshd may be made here."""
+    if (reason := nodes.why_not()) is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
