@@ -265,7 +265,15 @@ def _podman_shim(images: Images) -> Path:
 
 
 def _remove_control_groups() -> None:
-    """Those of podman are no part of any namespace."""
-    for group in sorted(Path("/sys/fs/cgroup").glob("**/libpod*/**/"), reverse=True):
-        with contextlib.suppress(OSError):
-            group.rmdir()
+    """Those of podman are no part of any namespace; a group goes once its last process is gone."""
+
+    def are_gone() -> bool:
+        groups = [
+            Path(folder) for folder, _, _ in os.walk("/sys/fs/cgroup", topdown=False) if "/libpod" in folder
+        ]
+        for group in groups:
+            with contextlib.suppress(OSError):
+                group.rmdir()
+        return not any(group.exists() for group in groups)
+
+    until(are_gone, 30, "podman's control groups removed")
