@@ -144,13 +144,13 @@ def test_prometheus_asks_the_nodes_where_they_answer() -> None:
 
 
 def test_what_compose_mounts_is_there() -> None:
-    """A folder of dashboards too, whoever draws them."""
     services = _compose()["services"]
     mounted = {volume.split(":")[0] for service in services.values() for volume in service.get("volumes", [])}
     files = {name for name in mounted if name.startswith("./")}
     assert files == {"./prometheus.yaml", "./grafana/provisioning", "./grafana/dashboards"}
     assert (DOCKER / "prometheus.yaml").is_file()
     assert (DOCKER / "grafana" / "provisioning").is_dir()
+    assert (DOCKER / "grafana" / "dashboards" / "raytune_ds.json").is_file()
 
 
 def test_grafana_reads_what_compose_gives_it() -> None:
