@@ -134,12 +134,16 @@ class Machine:
 
     def processes(self, name: str) -> list[psutil.Process]:
         """Those of a name that run there."""
-        found = []
+        return [process for found, process in self._all() if found == name]
+
+    def names(self) -> set[str]:
+        """Of the processes that run there, but for the first one."""
+        return {name for name, _ in self._all()}
+
+    def _all(self) -> Iterator[tuple[str, psutil.Process]]:
         for process in psutil.Process(self.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if process.name() == name:
-                    found.append(process)
-        return found
+                yield process.name(), process
 
     def memory_mib(self) -> float:
         """What all processes there hold, shared pages counted once."""

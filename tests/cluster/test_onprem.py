@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.nodes import SHARED, World, new_world, wait_until
+from tests.cluster.nodes import SHARED, Machine, World, new_world, wait_until
 from tests.cluster.rayup import Cluster, ray_up, rendered
 from tests.helpers import step_losses, write_jsonl
 
@@ -22,6 +22,7 @@ CPUS = (
 ) + 1  # one more than the head says it has: a worker that wants them all fits on no other
 JOB_S = 420
 CUT_S = 45.0
+GONE_S = 150
 NUM_STEPS = 150
 RESUMED = "resuming from the checkpoint of step"
 SETTINGS = (
@@ -42,7 +43,7 @@ def world(machines: None) -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def cluster(world: World) -> Iterator[Cluster]:
-    """Up by the file as it is rendered; nothing of Ray is left when it is down."""
+    """Up by the file as it is rendered; nothing is left of it when it is down."""
     desk, head, *nodes = world.machines
     file = world.folder / "onprem.yaml"
     file.write_text(
@@ -55,12 +56,25 @@ def cluster(world: World) -> Iterator[Cluster]:
         )
     )
     with ray_up(desk, head, file, RAY_UP_enable_autoscaler_v2="0") as cluster:
+        print(f"ray up: {cluster.up_s:.0f} s; three nodes {cluster.wait_for_nodes(3):.0f} s later")
         yield cluster
         started = time.monotonic()
     print(f"ray down: {time.monotonic() - started:.0f} s")
-    for machine in (head, *nodes):
-        assert not machine.processes("raylet"), f"ray down leaves {machine.name} running"
-        assert not machine.processes("gcs_server")
+    # It stops the head's Ray. The others notice within a minute that they have none, and end by themselves, but for
+    # their log monitors, which read files and no more.
+    took = wait_until("Ray has ended", lambda: not any(map(_rest, (head, *nodes))), GONE_S)
+    print(f"the nodes' Ray ended {took:.0f} s later")
+    for node in nodes:
+        node.run("ray", "stop")
+        assert node.names() <= {"sshd"}, "something stays for ever"
+
+
+def _rest(machine: Machine) -> set[str]:
+    """What runs on a machine besides its sshd and the log monitor."""
+    monitors = [
+        p for p in machine.processes("python") if any("log_monitor.py" in part for part in p.cmdline())
+    ]
+    return machine.names() - {"sshd", *(["python"] if monitors == machine.processes("python") else [])}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +93,6 @@ def job(world: World) -> Path:
 @pytest.fixture(scope="module")
 def calm(world: World, cluster: Cluster, job: Path) -> list[float]:
     """The losses of an undisturbed run, a worker on each node."""
-    cluster.wait_for_nodes(3)
     log = world.folder / "calm.log"
     submitted = cluster.submit(job, log, *SETTINGS, "run.name=calm")
     run = world.shared / "runs" / "calm"
