@@ -39,10 +39,10 @@ SETTINGS = (
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What is submitted; and where we are."""
-    (tmp_path / "job").mkdir()
-    write_jsonl(tmp_path / "job" / "rows.jsonl", ROWS)
-    monkeypatch.chdir(tmp_path / "job")
-    return tmp_path / "job"
+    (tmp_path / "sent").mkdir()
+    write_jsonl(tmp_path / "sent" / "rows.jsonl", ROWS)
+    monkeypatch.chdir(tmp_path / "sent")
+    return tmp_path / "sent"
 
 
 def _wait_for_lines(file: Path, num_lines: int) -> None:
