@@ -22,7 +22,7 @@
 #SBATCH --mem=64G
 #SBATCH --time=24:00:00
 #SBATCH --requeue
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:USR1@120
 set -euo pipefail
 # shellcheck disable=SC1090,SC1091
 source ~/raytune_ds/.venv/bin/activate
@@ -49,13 +49,19 @@ export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 
 background=()
 training=
+ended=
 requeue=
 # shellcheck disable=SC2329  # called by trap
-stop() {  # the time is nearly up
-    trap '' TERM
+stop() {  # by scancel or preemption, after which Slurm itself knows whether the job runs again
+    trap '' TERM USR1
+    ended=yes
+    [ -z "$training" ] || kill -TERM "$training" 2> /dev/null || true
+}
+# shellcheck disable=SC2329  # called by trap
+pause() {  # the time is nearly up
     requeue=yes
     echo "slurm: stopping, to resume when the job runs again"
-    [ -z "$training" ] || kill -TERM "$training" 2> /dev/null || true
+    stop
 }
 # shellcheck disable=SC2329  # called by trap
 finish() {
@@ -68,6 +74,7 @@ finish() {
     exit "$code"
 }
 trap stop TERM
+trap pause USR1
 trap finish EXIT
 
 each=(--ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --gpus-per-node=1)
@@ -76,7 +83,7 @@ srun --nodes=1 --ntasks=1 --nodelist="$head_node" "${each[@]}" \
     "${common[@]}" &
 background+=($!)
 until ray health-check --address "$address" > /dev/null 2>&1; do
-    [ -z "$requeue" ] || exit 143
+    [ -z "$ended" ] || exit 143
     kill -0 "${background[0]}" 2> /dev/null || { echo "slurm: the head of Ray ended; see above" >&2; exit 1; }
     ((SECONDS < 300)) || { echo "slurm: no Ray at $address after 300 s" >&2; exit 1; }
     sleep 1
@@ -100,7 +107,7 @@ while (alive := sum(node["Alive"] for node in ray.nodes())) < wanted:
     time.sleep(0.5)
 JOINED
 
-if [ -z "$requeue" ]; then
+if [ -z "$ended" ]; then
     # The name stays when the job runs again, so the run resumes; a run.name of your own comes later and wins.
     python -m raytune_ds.train --config "$work/run.yaml" run.name="slurm-$SLURM_JOB_ID" "$@" &
     training=$!
@@ -110,6 +117,6 @@ if [ -n "$training" ]; then
     code=0
     wait "$training" || code=$?
     # A signal ends the wait, not the run.
-    if [ -n "$requeue" ]; then code=0; wait "$training" || code=$?; fi
+    if [ -n "$ended" ]; then code=0; wait "$training" || code=$?; fi
 fi
 exit "$code"

@@ -22,7 +22,8 @@ CONNECT_S = 5.0
 TRIES = 5  # of Ray, a second each, once somebody listens there
 _TOKEN = (
     "{what}.\nPut the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN (`ray get-auth-token` on the head "
-    "shows it) and set RAY_AUTH_MODE=token. A job that `ray job submit` starts has it by itself."
+    "shows it) and set RAY_AUTH_MODE=token. A job that `ray job submit` starts has it by "
+    "itself. Or set RAY_ADDRESS=local to run on an embedded Ray."
 )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from raytune_ds.section import Count, Section, Text
+from raytune_ds.section import SECRET_NAME, Count, Section, Text
 
 Whole = Annotated[int, Field(ge=0)]
 SHARED_DIR = "/shared"
@@ -151,6 +151,15 @@ class SlurmConfig(Section):
         default="source ~/raytune_ds/.venv/bin/activate",
         description="Shell line that puts Python with raytune_ds on the PATH of a node. null: it is there.",
     )
+
+    @field_validator("activate")
+    @classmethod
+    def _without_secrets(cls, line: str | None) -> str | None:
+        if any(SECRET_NAME.search(name) for name in re.findall(r"(\w+)=", line or "")):
+            raise ValueError(
+                "sets a secret, which would be written to files; set it where sbatch is run instead"
+            )
+        return line
 
 
 class ClusterConfig(Section):

@@ -30,7 +30,6 @@ from raytune_ds.data.prepare import prepare
 from raytune_ds.data.stream import stream
 from raytune_ds.display import Display
 from raytune_ds.errors import UserError
-from raytune_ds.fetch import fetch
 from raytune_ds.metrics import RunMetrics
 from raytune_ds.naming import stem
 from raytune_ds.preflight import preflight
@@ -86,23 +85,26 @@ def launch(config: Config, debug: bool = False) -> Result:
     checked = check(config)
     say("\n".join((f"model: {config.model.name}", *checked.report.lines())))
     where = cluster.connect(debug)
-    scale = cluster.plan_scale(config.scaling, config.train.global_batch)
+    with stoppable():
+        return _launch(checked, where, started)
+
+
+def _launch(checked: Checked, where: str, started: float) -> Result:
+    scale = cluster.plan_scale(checked.config.scaling, checked.config.train.global_batch)
     preflight(checked.root)
     say(f"{scale.num_workers} {'GPU' if scale.use_gpu else 'CPU'} worker(s) on {where}")
     if scale.nodes_to_come:
         say(f"the cluster has to grow by {scale.nodes_to_come} node(s) for them, which takes minutes")
-    with stoppable():
-        return _launch(checked, scale, started)
-
-
-def _launch(checked: Checked, scale: cluster.Scale, started: float) -> Result:
-    fetch(checked.model, checked.base.revision, scale.use_gpu)
     assignment = assign(checked)
     if (done := _finished_before(assignment)) is not None:
         say(f"run: {assignment.run.path} is finished already; raise train.num_train_epochs to continue it")
         return done
     _claim(assignment)
     say(f"run: {assignment.run.path}")
+    if assignment.base.revision is not None:
+        say(
+            f"model: {assignment.model.name} is fetched to each node that has not got it yet, before training starts"
+        )
     restarts: list[str] = []
     resume = f"the same command with run.name={assignment.run.name} resumes it"
 
@@ -279,7 +281,7 @@ def _mailbox(run: str) -> Any:
 def _trainer(assignment: Assignment, scale: cluster.Scale, mailbox: Any) -> Trainer:
     return Trainer(
         partial(_worker_main, assignment=assignment, use_gpu=scale.use_gpu, mailbox=mailbox),
-        torch_config=NodesTorchConfig(),
+        torch_config=NodesTorchConfig(model=assignment.model, revision=assignment.base.revision),
         scaling_config=ray.train.ScalingConfig(
             num_workers=scale.num_workers,
             use_gpu=scale.use_gpu,

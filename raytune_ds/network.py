@@ -38,7 +38,7 @@ def use_interface_of(address: str, environment: MutableMapping[str, str]) -> Non
     """Tells gloo and NCCL to use the interface that carries `address`, where the user has not told them another."""
     if (name := interface_of(address)) is not None:
         environment.setdefault(GLOO, name)
-        environment.setdefault(NCCL, name)
+        environment.setdefault(NCCL, f"={name}")  # a bare name would mean eth10 too
 
 
 def problem(environment: Mapping[str, str]) -> str | None:

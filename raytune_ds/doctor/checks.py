@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import shutil
@@ -21,6 +22,7 @@ LEAST_SHM_GIB = 2.0  # less, and Ray's object store and NCCL move to slower ways
 LEAST_DISK_GIB = 10.0  # a model of the hub, DeepSpeed's builds, what Ray spills
 LEAST_OPEN_FILES = 8192  # Ray asks for as many
 TIMEOUT_S = 20.0
+BUILT_IN = "not needed: DeepSpeed's op is built in"
 Command = Callable[[list[str]], str]
 """Runs a command and returns what it says; FileNotFoundError, or OSError with what went wrong."""
 
@@ -111,6 +113,8 @@ def check_torch_cuda() -> Finding:
 
 def check_cuda_toolkit(environment: Mapping[str, str]) -> Finding:
     """nvcc, which DeepSpeed's ops on GPU nodes are compiled by."""
+    if op_is_built_in():
+        return Finding("CUDA toolkit", "ok", BUILT_IN)
     home = environment.get("CUDA_HOME") or "/usr/local/cuda"
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
     if nvcc is None:
@@ -125,12 +129,21 @@ def check_cuda_toolkit(environment: Mapping[str, str]) -> Finding:
 
 def check_compiler() -> Finding:
     """C++ and ninja, which DeepSpeed's ops are compiled by when they are first used."""
+    if op_is_built_in():
+        return Finding("compiler", "ok", BUILT_IN)
     compiler = os.environ.get("CXX") or "c++"
     missing = [name for name in (compiler, "ninja") if shutil.which(name) is None]
     if missing:
         advice = "install g++ and ninja-build, or use an image with the ops built in; engine.offload=optimizer needs it"
         return Finding("compiler", "warn", f"no {' and no '.join(missing)}", advice)
     return Finding("compiler", "ok", f"{shutil.which(compiler)}, ninja")
+
+
+def op_is_built_in() -> bool:
+    """Whether DeepSpeed came with its CPU optimizer compiled, as in our images. Imports nothing."""
+    found = importlib.util.find_spec("deepspeed")
+    places = found.submodule_search_locations if found else None
+    return any([*Path(place).glob("ops/adam/cpu_adam_op*.so")] for place in places or ())
 
 
 def check_interface(address: str | None, environment: Mapping[str, str]) -> Finding:

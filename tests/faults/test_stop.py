@@ -30,7 +30,7 @@ SETTINGS = (
     "data.eval.fraction=0",
     "scaling.num_workers=2",
     "train.global_batch=3",
-    "train.max_steps=80",
+    "train.max_steps=160",
     "train.learning_rate=1e-3",
     "checkpoint.every_steps=7",
 )
@@ -83,7 +83,7 @@ def test_a_stopped_job_resumes_to_the_same_model(
     options = ("--no-wait", "--submission-id", "first")
     submitted = token_head.submit(folder, *arguments, options=options, environment=client)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    _wait_for_lines(tmp_path / "job" / "metrics.jsonl", 12)
+    _wait_for_lines(tmp_path / "job" / "checkpoints" / "step-00000007" / "manifest.json", 1)
     processes = psutil.Process(token_head.pid).children(recursive=True)
     assert any("RayTrainWorker" in " ".join(process.cmdline()) for process in processes)
     assert not any(_knows_the_secret(process) for process in processes)
@@ -91,7 +91,7 @@ def test_a_stopped_job_resumes_to_the_same_model(
 
     left = json.loads((tmp_path / "job" / "result.json").read_text())
     assert left["status"] == "stopped"
-    assert 7 <= left["progress"]["step"] < 80
+    assert 7 <= left["progress"]["step"] < 160
     log = json.loads(_ask(token_head, "first/logs"))["logs"]
     assert f"run.name=job resumes it after the checkpoint of step {left['progress']['step']}" in log
     assert "Traceback" not in log

@@ -64,3 +64,9 @@ def test_the_files_of_a_cluster_say_what_may_come(
     monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": HEAD}])
     monkeypatch.setenv(cluster.MAY_GROW, told)
     assert plan_scale(ScalingConfig(num_workers=3), 16).nodes_to_come == layout.max_nodes == 3
+
+
+def test_a_queue_fixes_the_number_of_pods() -> None:
+    """Nodes that can never come must not be waited for."""
+    text, _ = render(compose([], ["cluster.kubernetes.queue=q", "cluster.max_nodes=4"]), "kuberay-cluster")
+    assert cluster.MAY_GROW not in text

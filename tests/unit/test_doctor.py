@@ -258,3 +258,16 @@ def test_all_problems_at_once() -> None:
         "not installed on d",
     ):
         assert words in told
+
+
+def test_what_is_built_in_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in our images."""
+    (tmp_path / "deepspeed" / "ops" / "adam").mkdir(parents=True)
+    (tmp_path / "deepspeed" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    assert checks.check_compiler().status == "warn"
+    (tmp_path / "deepspeed" / "ops" / "adam" / "cpu_adam_op.cpython-311-x86_64-linux-gnu.so").touch()
+    for found in (checks.check_compiler(), checks.check_cuda_toolkit({})):
+        assert (found.status, found.found) == ("ok", checks.BUILT_IN)

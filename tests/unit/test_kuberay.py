@@ -387,7 +387,7 @@ def test_the_pods_have_room_for_what_the_config_asks(target: str, overrides: lis
     wanted = scaling.num_workers if isinstance(scaling.num_workers, int) else 1
     assert group["maxReplicas"] * on_a_pod >= wanted
     if target == "kuberay-job":
-        # A run counts what is there when it starts.
+        # No run waits for pods that it could have had at once.
         assert group["replicas"] * on_a_pod >= wanted
         assert (group["replicas"] - 1) * on_a_pod < wanted or scaling.num_workers == "auto"
     assert (

@@ -35,7 +35,7 @@ ROOMS = """
     checkpoint saver tracking modelcard export loop worker generate evaluate
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
     doctor.cluster doctor.report stopping check
-    cluster preflight fetch torchgroup display metrics launch sweep demo.run train compare doctor.verb cli __main__
+    cluster preflight torchgroup display metrics launch sweep demo.run train compare doctor.verb cli __main__
 """.split()
 
 LIGHT = """
@@ -57,7 +57,6 @@ RESERVED = {
         "nodes",
         "cluster",
         "torchgroup",
-        "fetch",
         "metrics",
         "launch",
         "sweep",

@@ -34,13 +34,13 @@ def test_the_interface_that_carries_an_address(address: str, name: str | None) -
 def test_it_is_set_for_both() -> None:
     environment: dict[str, str] = {}
     network.use_interface_of("10.0.0.5", environment)
-    assert environment == {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0"}
+    assert environment == {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "=eth0"}
 
 
 def test_what_the_user_has_set_stays() -> None:
     environment = {"GLOO_SOCKET_IFNAME": "ib0"}
     network.use_interface_of("10.0.0.5", environment)
-    assert environment == {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "eth0"}
+    assert environment == {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "=eth0"}
 
 
 def test_an_address_that_no_interface_carries_sets_nothing() -> None:

@@ -160,11 +160,20 @@ def test_a_failed_run_fails_the_job(job: Job) -> None:
 def test_stops_and_is_queued_again_when_its_time_is_up(job: Job) -> None:
     """The run is told first, Ray afterwards."""
     job.wait_for("training")
-    job.process.send_signal(signal.SIGTERM)
+    job.process.send_signal(signal.SIGUSR1)
     assert job.ends_with() == 143
     assert job.calls[-4:].count("ray ended") == 2
     assert job.calls.index("train ended") < job.calls.index("ray ended")
     assert job.calls[-1] == "scontrol requeue 4711"
+
+
+def test_is_not_queued_again_when_it_is_cancelled(job: Job) -> None:
+    """The run is told all the same."""
+    job.wait_for("training")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.ends_with() == 143
+    assert "train ended" in job.calls
+    assert not any(call.startswith("scontrol requeue") for call in job.calls)
 
 
 @pytest.mark.parametrize(
