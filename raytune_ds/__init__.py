@@ -4,7 +4,9 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
 
     errors, console, storage, hub      what a user caused; what people see; files anywhere; the Hugging Face hub
     tensorfile                         ranges of the tensors in a safetensors file anywhere
-    config, keys, yamlfile, compose    the config tree, and how YAML and key=value become one
+    section, clusterconfig, config     the config tree
+    keys, yamlfile, compose, naming    how YAML and key=value become one; names made from it
+    deploy/                            the files of a cluster, made from the config
     data/formats, sources, readers     any row of any file to one `Example`
     data/order                         pure: (seed, epoch, step, slot) to the pack that is read
     data/packing, store                token sequences to packs; packs to Parquet shards and back
