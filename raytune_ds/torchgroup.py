@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import ray.util
@@ -50,13 +50,13 @@ class _NodesBackend(_TorchBackend):  # type: ignore[misc]  # Ray's, untyped
         model, revision = backend_config.model, backend_config.revision
         if model is not None and revision is not None:
             # Inside the group whoever has the files would wait for the others, and give up after half an hour.
-            _on_all(worker_group, partial(_fetch, model, revision))
+            _on_all(worker_group, _fetch, model, revision)
         super().on_start(worker_group, backend_config)
 
 
-def _on_all(worker_group: Any, action: Any) -> None:
+def _on_all(worker_group: Any, action: Callable[..., str | None], *arguments: Any) -> None:
     """Does something in each worker; what it returns is what is wrong there."""
-    problems = [text for text in worker_group.execute(action) if text]
+    problems = [text for text in worker_group.execute(action, *arguments) if text]
     if problems:
         raise UserError(problems[0])
 
