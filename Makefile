@@ -2,21 +2,25 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PIP_ARGS ?=
+ENGINE ?= $(shell for engine in docker podman buildah; do $$engine info > /dev/null 2>&1 && echo $$engine && break; done)
+COMPOSE ?= $(shell docker compose version > /dev/null 2>&1 && echo docker compose || echo $(CURDIR)/$(BIN)/podman-compose)
+N ?= 2
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup train test parity lint format bench lock clean
+.PHONY: help setup train test test-cluster parity lint format bench cluster-files \
+    image image-cpu image-cuda up down image-check lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 setup: $(READY)  ## install the package and its pinned dependencies into .venv
 
 $(READY): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint requirements.lock --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint requirements.lock --editable '.[dev,cluster]'
 	@touch $@
 
 train: $(READY)  ## the demo: a tiny DeepSeek-V3-shaped model learns a domain, in about five minutes on two cores
@@ -24,6 +28,10 @@ train: $(READY)  ## the demo: a tiny DeepSeek-V3-shaped model learns a domain, i
 
 test: $(READY)  ## all tests: no network, no GPU
 	$(BIN)/python -m pytest tests
+
+test-cluster: $(READY)  ## a real cluster of machines made of namespaces; root, about ten minutes, no network
+	$(BIN)/python -m pytest -m cluster -s tests/cluster/test_nodes.py tests/cluster/test_onprem.py \
+	    tests/cluster/test_aws.py tests/cluster/test_metrics.py
 
 parity: $(READY)  ## every engine beside one plain process, the whole table; about twenty minutes on two cores
 	$(BIN)/python -m tests.matrix
@@ -39,6 +47,29 @@ format: $(READY)  ## let ruff format the code
 
 bench: $(READY)  ## speed beside the plain Hugging Face recipe, paired in one process
 	$(BIN)/python -m tests.bench
+
+cluster-files: $(READY)  ## write cluster/ and docker/compose.yaml anew, from the templates
+	$(BIN)/python -m tests.cluster_files
+
+image: image-cpu image-cuda  ## container images raytune-ds:cpu and raytune-ds:cuda, by docker, podman or buildah
+
+# torch's own index has the CPU build; PyPI has the one for CUDA.
+image-cpu: IMAGE_PIP_ARGS := --extra-index-url https://download.pytorch.org/whl/cpu
+image-cpu image-cuda: image-%:
+	@test -n '$(ENGINE)' || { echo 'make image needs docker, podman or buildah, or ENGINE=...'; exit 1; }
+	BUILDAH_FORMAT=docker $(ENGINE) build --file docker/Dockerfile --target $* --tag raytune-ds:$* \
+	    --build-arg PIP_ARGS='$(or $(PIP_ARGS),$(IMAGE_PIP_ARGS))' \
+	    --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+	    --build-arg REVISION=$$(git rev-parse HEAD 2> /dev/null || echo unknown) .
+
+up: $(if $(findstring podman-compose,$(COMPOSE)),$(READY))  ## a cluster of containers on this machine, N=2 CPU workers; GPU=1: one worker with all GPUs
+	$(COMPOSE) --file docker/compose.yaml $(if $(GPU),--profile gpu) up --detach --scale worker=$(if $(GPU),0,$(N))
+
+down:  ## remove those containers; what is on their shared volume stays
+	$(COMPOSE) --file docker/compose.yaml --profile gpu down
+
+image-check: $(READY)  ## build the images without an engine, train in them, a cluster of them; about ten minutes, as root
+	PIP_ARGS='$(PIP_ARGS)' $(BIN)/python -m pytest -m cluster tests/cluster/test_image.py tests/cluster/test_compose.py
 
 lock: $(READY)  ## pin what is installed now
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v '@' | sed 's/+cpu$$//' > requirements.lock

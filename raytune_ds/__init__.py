@@ -4,7 +4,9 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
 
     errors, console, storage, hub      what a user caused; what people see; files anywhere; the Hugging Face hub
     tensorfile                         ranges of the tensors in a safetensors file anywhere
-    config, keys, yamlfile, compose    the config tree, and how YAML and key=value become one
+    section, clusterconfig, config     the config tree
+    keys, yamlfile, compose, naming    how YAML and key=value become one; names made from it
+    deploy/                            the files of a cluster, made from the config
     data/formats, sources, readers     any row of any file to one `Example`
     data/order                         pure: (seed, epoch, step, slot) to the pack that is read
     data/packing, store                token sequences to packs; packs to Parquet shards and back
@@ -19,7 +21,9 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     tracking, modelcard, export        what else a run leaves behind
     loop, worker                       the training loop; one worker from start to end (no Ray in either)
     generate, evaluate                 answers and scores of a finished run
-    check, cluster, launch (R)         what is tried first; the Ray it runs on; a config to a finished run
+    network, nodes (R), doctor/        the interface between nodes; a function on each of them; what is wrong
+    check, cluster, preflight (R)      what is tried first, of the config and of the cluster; the Ray it runs on
+    metrics, torchgroup, launch (R)    the run as Ray metrics; torch's process group; a config to a finished run
     demo/, train, compare, cli         the bundled demo; runs side by side; the command lines
 
 A row's way from a file to a gradient: `inputs` finds files and formats; `prepare` reads them with Ray Data, and its

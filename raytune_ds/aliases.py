@@ -71,6 +71,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
     alias: tuple(keys.split()) for keys, aliases in _CALLED.items() for alias in aliases.split()
 }
 
+ABSENT = {
+    "nvme_path": "DeepSpeed's offload to a disk (nvme) is not supported, for checkpoints can't read what it has "
+    "swapped out; offload to host memory (engine.offload, device cpu), or take more workers"
+}
+"""Settings that others have and we have not: why, and what to do instead."""
+
 
 def suggestions(key: str) -> list[str]:
     """Up to three existing dotted keys that an unknown one may have meant, the likeliest first."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from raytune_ds import storage
+from raytune_ds import hub, storage
 from raytune_ds.compose import replaced
 from raytune_ds.config import Config, ModelConfig
 from raytune_ds.console import say
@@ -69,7 +69,7 @@ def check(config: Config) -> Checked:
     model = _located(config, inputs, root)
     base_model = skeleton(model)
     report = adapters.report(base_model, config.adapter)
-    base = Base(*_identity(model, base_model.config), report.total, report.trainable)
+    base = Base(*_identity(model), report.total, report.trainable)
     tokenizer = TokenizerSpec.of(model.name, config.data.chat_template, model.trust_remote_code)
     load_tokenizer(tokenizer)
     return Checked(config, root, inputs, model, tokenizer, report, base, ds_config)
@@ -114,7 +114,7 @@ def _check_engine(config: Config) -> dict[str, Any] | None:
         return None
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            "engine: its keys ask for DeepSpeed (kind=zero, stage, config, nvme_path or offload=optimizer), and "
+            "engine: its keys ask for DeepSpeed (kind=zero, stage, config or offload=optimizer), and "
             "deepspeed is not installed; pip install deepspeed, or set engine.kind=fsdp"
         )
     given = dsconfig.load(engine.config) if engine.config is not None else None
@@ -122,12 +122,12 @@ def _check_engine(config: Config) -> dict[str, Any] | None:
     return given
 
 
-def _identity(model: ModelConfig, config: Any) -> tuple[str, str | None]:
+def _identity(model: ModelConfig) -> tuple[str, str | None]:
     """What tells the model's weights from others, and the commit of a model of the hub."""
     folder = Path(model.name)
     if folder.is_dir():
         return fingerprint(folder), None
-    revision = getattr(config, "_commit_hash", None)
+    revision = hub.commit_of(model.name)
     return f"{model.name}@{revision}", revision
 
 

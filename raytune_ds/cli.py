@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raytune_ds.command import add_config_arguments, guarded, parser
-from raytune_ds.console import out, say
+from raytune_ds.console import err, out, say
 from raytune_ds.errors import UserError
 
 
@@ -34,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
         ("chat", "talk to a finished run", _chat, _add_chat),
         ("generate", "answer prompts with a finished run", _generate, _add_generate),
         ("compare", "runs side by side: a table, and their curves", _compare, _add_compare),
+        ("render", "the files of a cluster for a run", _render, _add_render),
+        ("doctor", "what this node or a cluster has, and what to mend", _doctor, _add_doctor),
         ("demo", "the bundled demo: a tiny model learns a domain", _demo, _add_demo),
     ):
         base = parser(f"raytune-ds {name}", summary)
@@ -155,6 +157,77 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     compare(arguments.runs, arguments.plot)
     return 0
+
+
+# ------------------------------------------------------------------------------------------------ render
+
+
+def _add_render(verb: argparse.ArgumentParser) -> None:
+    from raytune_ds.deploy.render import TARGETS
+
+    add_config_arguments(verb)
+    verb.add_argument(
+        "--target", required=True, metavar="TARGET", help=f"what the file is for: {', '.join(TARGETS)}"
+    )
+    verb.add_argument("--output", metavar="FILE", help="write it there instead of printing it")
+
+
+def _render(arguments: argparse.Namespace) -> int:
+    from raytune_ds.aliases import close
+    from raytune_ds.compose import compose, dump
+    from raytune_ds.deploy.render import TARGETS, describe, render
+
+    if arguments.target not in TARGETS:
+        near = close(arguments.target, tuple(TARGETS), 0.6)
+        raise UserError(
+            f"--target {arguments.target}: "
+            + (f"did you mean {near[0]}? " if near else "")
+            + f"There are {', '.join(TARGETS)}."
+        )
+    config = compose(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        sys.stdout.write(dump(config))
+        return 0
+    text, layout = render(config, arguments.target)
+    if arguments.output is None:
+        sys.stdout.write(text)
+    else:
+        _write_new(arguments.output, text)
+        say(f"written to {arguments.output}, which begins with how it is used")
+    err.print(describe(layout), markup=False)
+    return 0
+
+
+def _write_new(path: str, text: str) -> None:
+    try:
+        with Path(path).open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise UserError(f"--output {path}: is there already; choose another name.") from error
+    except OSError as error:
+        raise UserError(f"--output {path}: can't be written: {error.strerror}") from error
+
+
+# ------------------------------------------------------------------------------------------------ doctor
+
+
+def _add_doctor(verb: argparse.ArgumentParser) -> None:
+    add_config_arguments(verb)
+    verb.add_argument(
+        "--cluster", action="store_true", help="all nodes of the Ray cluster, not this one alone"
+    )
+    verb.add_argument("--json", action="store_true", help="print JSON in place of a table")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from raytune_ds.compose import compose, dump
+    from raytune_ds.doctor.verb import doctor
+
+    config = compose(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        sys.stdout.write(dump(config))
+        return 0
+    return doctor(config, on_cluster=arguments.cluster, json=arguments.json, debug=arguments.debug)
 
 
 # -------------------------------------------------------------------------------------------------- demo

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 
 from raytune_ds.console import err
-from raytune_ds.errors import UserError
+from raytune_ds.errors import Stopped, UserError
 
 # Libraries' banners, bars and hints, which would drown what we say; --debug brings them back.
 _QUIET = {
@@ -73,7 +73,10 @@ def add_config_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def guarded(action: Callable[[], int], debug: bool) -> int:
-    """Runs `action`: a UserError becomes its message and exit code 2, Ctrl-C 130, anything else is a crash."""
+    """Runs `action` and returns the exit code.
+
+    That is 2 for a UserError, of which the message is shown, 130 for Ctrl-C and 143 for SIGTERM. All else is a crash.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a job's log is read while it is written
     if not debug:
@@ -95,6 +98,6 @@ def guarded(action: Callable[[], int], debug: bool) -> int:
             f"error: {DISK_FULL}. Make room under run.storage; the same command then resumes.", style="red"
         )
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         err.print("interrupted", markup=False)
-        return 130
+        return 128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT)

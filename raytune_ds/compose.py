@@ -16,10 +16,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from raytune_ds import keys
-from raytune_ds.config import SECRET_NAME, Config
+from raytune_ds.config import Config
 from raytune_ds.errors import UserError
 from raytune_ds.keys import KeyPath
 from raytune_ds.problems import shortened, shown_key, told
+from raytune_ds.section import SECRET_NAME
 from raytune_ds.yamlfile import parse, read
 
 COMMAND_LINE = "command line"

@@ -7,73 +7,14 @@ turns that into messages that name the key and where its value came from.
 """
 
 import re
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self, get_args
-from urllib.parse import parse_qsl, urlsplit
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from raytune_ds.clusterconfig import ClusterConfig
+from raytune_ds.section import Count, Section, Text, about, without_credentials
 
 TINY_MODELS = ("tiny:deepseek-v2", "tiny:deepseek-v3", "tiny:qwen2", "tiny:llama")
-
-# words that make a key a secret's name; used here for URIs and by compose for unknown keys
-SECRET_NAME = re.compile(
-    r"(api|access|private)[_-]?key|secret|passw(or)?d|passphrase|credential|(^|[_-])(auth|token)$",
-    re.IGNORECASE,
-)
-
-Count = Annotated[int, Field(ge=1)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-def types_in(annotation: Any) -> Iterator[Any]:
-    """Every plain type and literal value that an annotation is made of, however deep."""
-    if not get_args(annotation):
-        yield annotation
-    for part in get_args(annotation):
-        yield from types_in(part)
-
-
-def about(key: str, message: str) -> PydanticCustomError:
-    """An error of a whole section that is really about its field `key`; compose reports it under that key."""
-    return PydanticCustomError("about", "{message}", {"key": key, "message": message})
-
-
-def holds_credentials(text: str) -> bool:
-    """Whether a URI carries a password or a key: in `user:password@host` or in its query."""
-    try:
-        uri = urlsplit(text)
-    except ValueError:  # brackets that are no IPv6 address: a path or a pattern, not a URI
-        return False
-    user_info, at, _ = uri.netloc.rpartition("@")
-    return (bool(at) and ":" in user_info) or any(
-        SECRET_NAME.search(name) for name, _ in parse_qsl(uri.query)
-    )
-
-
-def _without_credentials(text: str) -> str:
-    if holds_credentials(text):
-        raise ValueError(
-            "holds credentials, which would be written to config.json; take them out and set them in the "
-            "environment of the nodes instead"
-        )
-    return text
-
-
-class Section(BaseModel):
-    """Base of every section: no unknown keys, no changes afterwards, no NaN or infinity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_flag_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic would read true as 1: `micro_batch: true` is a mistake, not a batch of one
-        if isinstance(value, bool) and info.field_name:
-            types = set(types_in(cls.model_fields[info.field_name].annotation))
-            if bool not in types and types & {int, float}:
-                raise ValueError("takes a number, not true or false")
-        return value
 
 
 class RunConfig(Section):
@@ -116,7 +57,7 @@ class RunConfig(Section):
     @field_validator("storage")
     @classmethod
     def _storage_without_credentials(cls, storage: str) -> str:
-        return _without_credentials(storage)
+        return without_credentials(storage)
 
 
 class ModelConfig(Section):
@@ -152,7 +93,7 @@ class ModelConfig(Section):
     def _tiny_model_is_known(cls, name: str) -> str:
         if name.startswith("tiny:") and name not in TINY_MODELS:
             raise ValueError(f"there is no such tiny model; choose one of {', '.join(TINY_MODELS)}")
-        return _without_credentials(name)
+        return without_credentials(name)
 
 
 class AdapterConfig(Section):
@@ -233,7 +174,7 @@ class SourceConfig(Section):
     @field_validator("path")
     @classmethod
     def _path_without_credentials(cls, path: str) -> str:
-        return _without_credentials(path)
+        return without_credentials(path)
 
 
 def _as_sources(value: Any) -> Any:
@@ -473,18 +414,13 @@ class EngineConfig(Section):
         "parameters: these and the parameters (zero stage 3, fsdp). null: what engine.config says, otherwise none, "
         "which is fastest.",
     )
-    nvme_path: Text | None = Field(
-        default=None,
-        description="Directory on a local NVMe disk that what engine.offload names goes to instead of host memory "
-        "(zero stage 3). null: host memory, which is faster.",
-    )
     config: Text | None = Field(
         default=None,
         description="Path of a DeepSpeed ds_config.json for zero. Its auto values are filled in from this config; "
         "values that contradict it are refused. null: made from this section, which is enough for most.",
     )
 
-    @field_validator("stage", "offload", "nvme_path", "config")
+    @field_validator("stage", "offload", "config")
     @classmethod
     def _belongs_to_the_kind(cls, value: Any, info: ValidationInfo) -> Any:
         kind, name = info.data.get("kind", "auto"), info.field_name
@@ -501,15 +437,13 @@ class EngineConfig(Section):
             raise about(
                 "offload", f"parameters are sharded by ZeRO stage 3 only, and engine.stage is {self.stage}"
             )
-        if self.nvme_path is not None and (self.offload == "none" or self.stage in (1, 2)):
-            raise about("nvme_path", "needs engine.stage=3 and engine.offload optimizer or parameters")
         return self
 
     @property
     def asks_for_zero(self) -> bool:
         """Whether a key is set that only DeepSpeed ZeRO knows."""
-        given = (self.stage, self.nvme_path, self.config)
-        return self.kind == "zero" or self.offload == "optimizer" or any(v is not None for v in given)
+        given = self.stage is not None or self.config is not None
+        return self.kind == "zero" or self.offload == "optimizer" or given
 
 
 class ScalingConfig(Section):
@@ -600,6 +534,9 @@ class Config(Section):
         default=CheckpointConfig(), description="How often the run is saved."
     )
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="Where metrics go.")
+    cluster: ClusterConfig = Field(
+        default=ClusterConfig(), description="The machines of `raytune-ds render`; a run does not look at it."
+    )
 
     @field_validator("scaling")
     @classmethod

@@ -24,14 +24,19 @@ def warn(text: str) -> None:
     err.print(f"warning: {text}", style="yellow", markup=False)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A small table, numbers to the right."""
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    styles: Sequence[str | None] | None = None,
+) -> None:
+    """A small table, numbers to the right; `styles` colours its rows."""
     drawn = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
         drawn.add_column(column, justify="right" if numeric else "left")
-    for row in rows:
-        drawn.add_row(*(str(cell) for cell in row))
+    for row, style in zip(rows, styles or [None] * len(rows), strict=True):
+        drawn.add_row(*(str(cell) for cell in row), style=style)
     out.print(drawn, markup=False)
 
 

@@ -62,6 +62,9 @@ class Display:
     def _show_checkpoint(self, content: dict[str, Any]) -> None:
         """Nothing: that checkpoints are written is what people expect."""
 
+    def _show_checkpoint_wait(self, content: dict[str, Any]) -> None:
+        """Nothing, either: a long one comes with a note."""
+
     def _show_note(self, content: dict[str, Any]) -> None:
         say(content["text"])
 

@@ -1,5 +1,6 @@
 """Asks the Hugging Face Hub whether it has what a config names, before anything is downloaded or started."""
 
+from pathlib import Path
 from typing import Literal
 
 from raytune_ds.errors import UserError
@@ -23,6 +24,14 @@ def check_model(name: str) -> None:
         UserError: the Hub has no such model, does not give it to this user, or does not answer.
     """
     _check("model", name)
+
+
+def commit_of(model: str) -> str | None:
+    """The commit of the model whose config.json was last fetched here; None where its cache has none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(model, "config.json")
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def first_line(error: BaseException) -> str:

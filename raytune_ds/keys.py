@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from raytune_ds.config import Config, SourceConfig, types_in
+from raytune_ds.config import Config, SourceConfig
+from raytune_ds.section import types_in
 
 KeyPath = tuple[str, ...]
 

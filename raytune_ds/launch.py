@@ -12,7 +12,6 @@ import threading
 import time
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -31,11 +30,18 @@ from raytune_ds.data.prepare import prepare
 from raytune_ds.data.stream import stream
 from raytune_ds.display import Display
 from raytune_ds.errors import UserError
+from raytune_ds.metrics import RunMetrics
+from raytune_ds.naming import stem
+from raytune_ds.preflight import preflight
 from raytune_ds.rundir import RunDir
+from raytune_ds.stopping import stoppable
+from raytune_ds.torchgroup import NodesTorchConfig
 from raytune_ds.worker import Assignment, Outcome, require_same_run, run_worker
 from raytune_ds.world import World
 
 POLL_S = 0.3
+# `ray job stop` kills after three seconds what has not ended by then.
+ABORT_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +49,10 @@ class Result:
     """What result.json holds.
 
     Attributes:
-        status: finished, or failed.
+        status: finished, failed, or stopped (by a signal).
         run: the run directory.
         wall_time_s: of this launch, from its first check to its end; that of earlier launches is not in it.
+        progress: of a run that is not finished, that of its newest checkpoint.
         restarts: why each restart of the worker group happened.
     """
 
@@ -72,40 +79,82 @@ def launch(config: Config, debug: bool = False) -> Result:
     Raises:
         UserError: anything the user can mend; what was trained is in the run's checkpoints.
         TrainingFailedError: workers died more often than `scaling.max_failures`; the run can be resumed.
+        Stopped: a signal came, and the run can be resumed.
     """
     started = time.monotonic()
     checked = check(config)
     say("\n".join((f"model: {config.model.name}", *checked.report.lines())))
     where = cluster.connect(debug)
-    scale = cluster.plan_scale(config.scaling, config.train.global_batch)
+    with stoppable():
+        return _launch(checked, where, started)
+
+
+def _launch(checked: Checked, where: str, started: float) -> Result:
+    scale = cluster.plan_scale(checked.config.scaling, checked.config.train.global_batch)
+    preflight(checked.root)
     say(f"{scale.num_workers} {'GPU' if scale.use_gpu else 'CPU'} worker(s) on {where}")
+    if scale.nodes_to_come:
+        say(f"the cluster has to grow by {scale.nodes_to_come} node(s) for them, which takes minutes")
     assignment = assign(checked)
     if (done := _finished_before(assignment)) is not None:
         say(f"run: {assignment.run.path} is finished already; raise train.num_train_epochs to continue it")
         return done
     _claim(assignment)
     say(f"run: {assignment.run.path}")
-    restarts: list[str] = []
-    try:
-        outcome = _fit(assignment, scale, restarts)
-    except TrainingFailedError as error:
-        _write_result(assignment, scale, started, Outcome(error=str(error)), restarts)
-        warn(
-            f"the run failed; its checkpoints stay, and the same command with run.name={assignment.run.name} resumes it"
+    if assignment.base.revision is not None:
+        say(
+            f"model: {assignment.model.name} is fetched to each node that has not got it yet, before training starts"
         )
+    restarts: list[str] = []
+    resume = f"the same command with run.name={assignment.run.name} resumes it"
+
+    def write(status: str, outcome: Outcome) -> Result:
+        return _write_result(assignment, scale, started, status, outcome, restarts)
+
+    mailbox = _mailbox(assignment.run.name)
+    trainer = _trainer(assignment, scale, mailbox)
+    try:
+        outcome = _fit(trainer, mailbox, restarts)
+    except KeyboardInterrupt:
+        # Who stops a job kills it soon: what is worth most comes first.
+        progress = _newest_progress(assignment.run)
+        write("stopped", Outcome(progress=progress))
+        after = f"after the checkpoint of step {progress['step']}" if progress else "from its beginning"
+        warn(f"the run was stopped; {resume} {after}")
+        trainer.stop()
         raise
-    result = _write_result(assignment, scale, started, outcome, restarts)
+    except TrainingFailedError as error:
+        if isinstance(mistake := getattr(error, "controller_failure", None), UserError):
+            raise mistake from error
+        write("failed", Outcome(error=str(error), progress=_newest_progress(assignment.run)))
+        warn(f"the run failed; its checkpoints stay, and {resume}")
+        raise
     if outcome.error is not None:
+        write("failed", dataclasses.replace(outcome, progress=_newest_progress(assignment.run)))
         raise UserError(outcome.error)
+    result = write("finished", outcome)
     _say_end(result)
     return result
 
 
+def _newest_progress(run: RunDir) -> dict[str, Any] | None:
+    """What a run had counted at its newest complete checkpoint; None if there is none."""
+    for step in reversed(checkpoint.steps(run.checkpoints)):
+        with contextlib.suppress(checkpoint.CheckpointError):
+            return checkpoint.read_manifest(checkpoint.directory(run.checkpoints, step)).progress
+    return None
+
+
 def _write_result(
-    assignment: Assignment, scale: cluster.Scale, started: float, outcome: Outcome, restarts: list[str]
+    assignment: Assignment,
+    scale: cluster.Scale,
+    started: float,
+    status: str,
+    outcome: Outcome,
+    restarts: list[str],
 ) -> Result:
     result = Result(
-        status="failed" if outcome.error else "finished",
+        status=status,
         run=assignment.run.path,
         progress=outcome.progress or {},
         wall_time_s=round(time.monotonic() - started, 2),
@@ -134,15 +183,7 @@ def assign(checked: Checked) -> Assignment:
 
 
 def _make_name(config: Config) -> str:
-    assert config.data.sources
-    parts = (
-        config.model.name.rstrip("/").rpartition("/")[2].replace(":", "-"),
-        Path(config.data.sources[0].path.rstrip("/")).stem,
-        datetime.now().strftime("%Y%m%d-%H%M%S"),
-    )
-    return "-".join("".join(c if c.isalnum() or c in "._-" else "-" for c in part) for part in parts).lstrip(
-        ".-"
-    )
+    return f"{stem(config)}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _claim(assignment: Assignment) -> None:
@@ -181,17 +222,20 @@ def _finished_before(assignment: Assignment) -> Result | None:
 
 @ray.remote(num_cpus=0)
 class Mailbox:
-    """Events on their way from the workers to the driver."""
+    """Events on their way from the workers to the driver, and to Ray's metrics."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str) -> None:
         self._events: list[tuple[str, dict[str, Any]]] = []
+        self._metrics = RunMetrics(run)
 
     def put(self, kind: str, content: dict[str, Any]) -> None:
         """One more event."""
         self._events.append((kind, content))
+        self._metrics.note(kind, content)
 
     def take(self) -> list[tuple[str, dict[str, Any]]]:
-        """All events since the last time."""
+        """All events since the last time; with it the metrics are kept alive."""
+        self._metrics.publish()
         events, self._events = self._events, []
         return events
 
@@ -210,13 +254,34 @@ class RestartReporter(ray.train.UserCallback):
         self._mailbox.put.remote("restart", {"text": f"worker {ranks} died: {reason}", "rank": rank})
 
 
-def _fit(assignment: Assignment, scale: cluster.Scale, restarts: list[str]) -> Outcome:
-    """The TorchTrainer's run, shown as it goes; why workers died is added to `restarts`."""
+class Trainer(ray.train.torch.TorchTrainer):
+    """A TorchTrainer that leaves signals to us: Ray's own answer to Ctrl-C ends the process as if all were well."""
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def stop(self) -> None:
+        """Ends the workers, whatever they are at; what they had not written yet is lost."""
+        if self._controller is None:
+            return
+        with contextlib.suppress(ray.exceptions.RayError):
+            # An actor that has ended cannot answer: the error is the sign of success.
+            ray.get(self._controller.abort.remote(), timeout=ABORT_S)
+        ray.kill(self._controller)
+
+
+def _mailbox(run: str) -> Any:
     # On the driver's node: losing another one must not make the run go dark.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # Ray adds it
-    trainer = ray.train.torch.TorchTrainer(
+    return Mailbox.options(scheduling_strategy=here).remote(run)  # type: ignore[attr-defined]  # Ray adds it
+
+
+def _trainer(assignment: Assignment, scale: cluster.Scale, mailbox: Any) -> Trainer:
+    return Trainer(
         partial(_worker_main, assignment=assignment, use_gpu=scale.use_gpu, mailbox=mailbox),
+        torch_config=NodesTorchConfig(model=assignment.model, revision=assignment.base.revision),
         scaling_config=ray.train.ScalingConfig(
             num_workers=scale.num_workers,
             use_gpu=scale.use_gpu,
@@ -230,8 +295,15 @@ def _fit(assignment: Assignment, scale: cluster.Scale, restarts: list[str]) -> O
             callbacks=[RestartReporter(mailbox)],
         ),
     )
-    with Display() as display, _Following(mailbox, display, restarts):
-        result = trainer.fit()
+
+
+def _fit(trainer: Trainer, mailbox: Any, restarts: list[str]) -> Outcome:
+    """The run, shown as it goes; why workers died is added to `restarts`."""
+    try:
+        with Display() as display, _Following(mailbox, display, restarts):
+            result = trainer.fit()
+    finally:
+        mailbox.__ray_terminate__.remote()  # its metrics go out once more, and end with it
     assert isinstance(result.return_value, Outcome)
     return result.return_value
 

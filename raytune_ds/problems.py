@@ -8,9 +8,10 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from raytune_ds.aliases import close, suggestions
-from raytune_ds.config import SECRET_NAME, SourceConfig, holds_credentials
+from raytune_ds.aliases import ABSENT, close, suggestions
+from raytune_ds.config import SourceConfig
 from raytune_ds.keys import KeyPath, field, list_around, section_of
+from raytune_ds.section import SECRET_NAME, holds_credentials
 
 Where = Callable[[KeyPath], str]
 
@@ -73,6 +74,8 @@ def _unknown(path: KeyPath, value: Any, where: Where) -> Iterator[str]:
         hint = f"dots are for the command line, in a file write sections: {shortened(nested)}"
     elif SECRET_NAME.search(path[-1]):
         hint = "secrets do not belong in a config, set them in the environment of the nodes"
+    elif path[-1] in ABSENT:
+        hint = ABSENT[path[-1]]
     elif names := suggestions(".".join(path)):
         hint = f"did you mean {' or '.join(names)}?"
     else:

@@ -28,6 +28,7 @@ from raytune_ds.errors import UserError
 from raytune_ds.export import ExportError, Final, describe, save_final
 from raytune_ds.loop import Hooks, Plan, Progress, Row, train
 from raytune_ds.model.build import Built, build
+from raytune_ds.model.flops import Flops, peak_flops
 from raytune_ds.model.load import compute_dtype
 from raytune_ds.model.weights import fingerprint
 from raytune_ds.modelcard import model_card
@@ -41,7 +42,7 @@ from raytune_ds.world import World
 T = TypeVar("T")
 
 Report = Callable[[str, dict[str, Any]], None]
-"""Tells the outside what happens: a kind (step, eval, note, warning, checkpoint) and its content."""
+"""Tells what happens: a kind (start, step, eval, checkpoint, checkpoint_wait, note, warning), its content."""
 
 OpenStream = Callable[[Store, Share, range], Iterator[list[Batch]]]
 """How the batches of some steps come to this worker."""
@@ -165,6 +166,7 @@ def _run(assignment: Assignment, world: World, open_stream: OpenStream, report: 
         lambda: engines.prepare(choice.kind, choice.settings, config.train, given, world.device, say)
     )
     built = world.together(lambda: _build(assignment, world, choice, dtype))
+    flops = Flops.of(built)
     found = _where_to_start(assignment, world, report)
     tracking = world.together(lambda: _open_tracking(assignment, world, found, report))
     engine = engines.build(choice.kind, _task(assignment, world, choice, built, report))
@@ -179,7 +181,17 @@ def _run(assignment: Assignment, world: World, open_stream: OpenStream, report: 
         report("note", {"text": f"resuming from the checkpoint of step {progress.step}"})
     elif config.checkpoint.rehearse:
         report("note", {"text": saver.rehearse(Label(0, asdict(progress), None))})
-    report("start", {"step": progress.step, "total_steps": plan.total_steps, "world_size": world.size})
+    report(
+        "start",
+        {
+            "step": progress.step,
+            "total_steps": plan.total_steps,
+            "world_size": world.size,
+            "flops_per_token": flops.per_token,
+            "flops_per_target": flops.per_target,
+            "peak_flops": _peak_flops(world),
+        },
+    )
     if progress.step < plan.total_steps:
         train(
             config=config,
@@ -405,6 +417,12 @@ def _saver(
     )
 
 
+def _peak_flops(world: World) -> float | None:
+    """Of all workers together; None if it is not known of one of them."""
+    peaks = world.gather(peak_flops(world.device))
+    return None if None in peaks else sum(peaks)
+
+
 def _hooks(config: Config, saver: Saver, tracking: Tracking | None, report: Report) -> Hooks:
     def log(row: Row) -> None:
         is_step = "loss" in row
@@ -414,6 +432,8 @@ def _hooks(config: Config, saver: Saver, tracking: Tracking | None, report: Repo
             report("step", row)
         elif "eval_loss" in row:
             report("eval", row)
+        else:
+            report("checkpoint_wait", row)
 
     def save(progress: Progress) -> float:
         if tracking is not None:

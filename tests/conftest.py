@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.head import Head, ray_head
 from tests.helpers import Run
 
 # Before any test imports the libraries that read them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="raytune-hf-")  # nobody else's cache decides a test
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_metrics_report_interval_ms", "2000")  # a test waits for it
 
 TEXTS = (
     "What does this word mean? It means that somebody asked a question and wants a short answer.",
@@ -34,6 +39,16 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
     root = tmp_path_factory.mktemp("tiny-models")
     return {name: tiny.build(name, lambda: TEXTS, 0, root / name) for name in tiny.ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def hub_model(tiny_models: dict[str, Path]) -> str:
+    """The name of a model of the hub, in its cache as if it had been downloaded."""
+    folder, commit = Path(os.environ["HF_HOME"], "hub", "models--org--tiny"), "c0" * 20
+    shutil.copytree(tiny_models["qwen2"], folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    return "org/tiny"
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +96,19 @@ def ray_session() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+TOKEN = "5a" * 32
+
+
+@pytest.fixture(scope="session")
+def token_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A Ray head that wants TOKEN; those who belong to it have it where Ray looks for it, in a home of their own."""
+    home = tmp_path_factory.mktemp("home")
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text(TOKEN)
+    with ray_head({"HOME": str(home), "RAY_AUTH_MODE": "token"}) as head:
+        yield head
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,3 +28,14 @@ def step_losses(run_dir: str) -> list[float]:
     rows = [row for row in metrics(run_dir) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return [row["loss"] for row in rows]
+
+
+DASHBOARD = Path(__file__).parents[1] / "docker/grafana/dashboards/raytune_ds.json"
+
+
+def queries() -> list[str]:
+    """Every query of the Grafana dashboard, those of its variables too."""
+    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    shown = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    variables = [variable["query"]["query"] for variable in dashboard["templating"]["list"]]
+    return shown + [re.sub(r"^label_values\((.*), \w+\)$", r"\1", query) for query in variables]

@@ -46,9 +46,7 @@ def choose(
     if config.kind != "auto":
         return Choice(config.kind, config, "engine.kind says so")
     if config.asks_for_zero:
-        return Choice(
-            "zero", config, "engine.stage, config, nvme_path or offload=optimizer asks for DeepSpeed"
-        )
+        return Choice("zero", config, "engine.stage, config or offload=optimizer asks for DeepSpeed")
     # Where workers compute in host memory, the copy that a checkpoint is written from lies in it too.
     trained_bytes = BYTES_TRAINED if gpu else BYTES_TRAINED + BYTES_COPIED
     needed = (total - trainable) * frozen_bytes + trainable * trained_bytes

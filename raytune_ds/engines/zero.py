@@ -195,6 +195,7 @@ def prepare(made: DsConfig, device: torch.device, say: Callable[[str], None]) ->
     """
     _set_environment(device)
     try:
+        from deepspeed.git_version_info import installed_ops
         from deepspeed.ops.op_builder import CPUAdamBuilder
     except Exception as error:  # it looks for compilers, CUDA, MPI and more while it is imported
         raise UserError(
@@ -203,9 +204,10 @@ def prepare(made: DsConfig, device: torch.device, say: Callable[[str], None]) ->
     if not made.optimizer_on_cpu:
         return
 
-    say(
-        "loading DeepSpeed's CPU optimizer; it is compiled when first used on a machine, which takes about a minute"
-    )
+    if not installed_ops.get("cpu_adam"):
+        say(
+            "DeepSpeed's CPU optimizer is compiled when it is first used on a machine, which takes about a minute"
+        )
     try:
         CPUAdamBuilder().load(verbose=False)
     except Exception as error:  # from torch's C++ extensions, ninja, the compiler or the linker
@@ -257,7 +259,7 @@ class _Partitions:
         return math.sqrt(square) if torch.tensor(square, dtype=torch.float32).isfinite() else math.inf
 
     def _squared_norms(self) -> Iterator[torch.Tensor]:
-        """Of the parts of the gradient that are here; of offloaded ones, maybe on a disk, DeepSpeed keeps the norms."""
+        """Of the parts of the gradient that are here; of offloaded ones DeepSpeed keeps the norms."""
         zero = self._zero
         if getattr(zero, "norm_for_param_grads", None):
             for norm in zero.norm_for_param_grads.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import is_offline_mode
 from safetensors import SafetensorError
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -85,6 +87,9 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         if folder.is_dir():
             raise UserError(f"model.name = {config.name}: can't be loaded: {_first_line(error)}") from error
     try:
+        if is_offline_mode():  # its cache may have it
+            with contextlib.suppress(OSError):
+                return AutoConfig.from_pretrained(config.name, **how)
         hub.check_model(config.name)
         return AutoConfig.from_pretrained(config.name, **how)
     except UserError as error:

@@ -43,7 +43,6 @@ def test_a_kind_that_is_named_is_taken_whatever_it_needs(kind: str, memory: int)
     [
         {"stage": 1},
         {"stage": 3, "offload": "parameters"},
-        {"nvme_path": "/nvme"},
         {"config": "ds_config.json"},
         {"offload": "optimizer"},
     ],

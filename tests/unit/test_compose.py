@@ -163,7 +163,7 @@ def test_files_are_yaml_1_2(write) -> None:
         ("adapter.r.x=1", "adapter.r = a mapping (command line): must be a whole number"),
         (
             "engine=ddp",
-            "engine = ddp (command line): must be a section with keys (kind, stage, offload, nvme_path, config); "
+            "engine = ddp (command line): must be a section with keys (kind, stage, offload, config); "
             "did you mean engine.kind?",
         ),
         (
@@ -230,7 +230,7 @@ def test_messages_name_file_and_line(write) -> None:
         "adapter.r = 0 (a.yaml, line 3): must be at least 1",
         "data.sources.0.format = csv (a.yaml, line 11): must be auto, messages, sharegpt, alpaca, "
         "prompt-completion or text",
-        "engine = zero (a.yaml, line 12): must be a section with keys (kind, stage, offload, nvme_path, config); "
+        "engine = zero (a.yaml, line 12): must be a section with keys (kind, stage, offload, config); "
         "did you mean engine.kind?",
     ]
 

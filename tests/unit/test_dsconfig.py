@@ -203,12 +203,6 @@ def test_numbers_that_agree_with_the_config_are_fine() -> None:
                 "offload_param": {"device": "cpu", "pin_memory": True},
             },
         ),
-        (
-            {"stage": 3, "offload": "optimizer", "nvme_path": "/nvme"},
-            3,
-            "optimizer",
-            {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme", "pin_memory": True}},
-        ),
     ],
 )
 def test_without_a_file_the_engine_section_decides(
@@ -223,7 +217,6 @@ def test_without_a_file_the_engine_section_decides(
     ]
     assert values.pop("stage3_param_persistence_threshold", None) == (640 if stage == 3 else None)
     assert values == {"stage": stage} | section
-    assert ("aio" in config.values) == ("nvme_path" in engine)
 
 
 def test_memory_is_pinned_on_gpus_alone() -> None:
@@ -234,30 +227,31 @@ def test_memory_is_pinned_on_gpus_alone() -> None:
     assert on_cpu.notes == ()
 
 
-def test_nvme_gets_settings_of_its_io() -> None:
+@pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
+@pytest.mark.parametrize("how", ["nvme", {"device": "NVMe", "nvme_path": "/nvme"}])
+@pytest.mark.parametrize("offload", [None, "parameters"])
+def test_offload_to_a_disk_is_refused_and_says_what_to_do(part: str, how: Any, offload: str | None) -> None:
+    lines = refused(zero(stage=3, **{part: how}), engine={"offload": offload})
+    assert len(lines) == 1
+    assert lines[0].startswith(f"zero_optimization.{part}.device = ")
+    assert "checkpoints can't read" in lines[0]
+    assert "engine.offload" in lines[0]
+
+
+def test_what_belongs_to_a_disk_alone_stops_nothing() -> None:
     config = made(
         {"aio": {"queue_depth": 32, "block_size": "auto"}}
-        | zero(stage=3, offload_param={"device": "nvme", "nvme_path": "/nvme"})
+        | zero(stage=3, offload_param={"device": "cpu", "nvme_path": "/nvme"})
     )
-    assert config.values["aio"] == {
-        "block_size": 1048576,
-        "queue_depth": 32,
-        "intra_op_parallelism": 1,
-        "single_submit": False,
-        "overlap_events": True,
-        "use_gds": False,
-    }
+    assert config.values["zero_optimization"]["offload_param"] == {"device": "cpu"}
     assert (config.offload, config.optimizer_on_cpu) == ("parameters", False)
 
 
 def test_the_engine_section_completes_the_file() -> None:
-    config = made(zero(stage=3, sub_group_size=1e8), engine={"offload": "parameters", "nvme_path": "/nvme"})
+    config = made(zero(stage=3, sub_group_size=1e8), engine={"offload": "parameters"})
     section = config.values["zero_optimization"]
     assert section["sub_group_size"] == 100_000_000
-    assert section["offload_param"] == {"device": "nvme", "nvme_path": "/nvme", "pin_memory": True}
-    assert section["offload_optimizer"]["device"] == "nvme"
-    named = made(zero(stage=3, offload_param="nvme"), engine={"nvme_path": "/nvme"})
-    assert named.values["zero_optimization"]["offload_param"] == {"device": "nvme", "nvme_path": "/nvme"}
+    assert section["offload_param"] == section["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
 
 
 def test_what_deepspeed_knows_is_passed_on() -> None:
@@ -476,18 +470,6 @@ def test_another_number_than_ours_is_refused_with_both(file: dict[str, Any], the
             'zero_optimization.offload_param.device = "cpu"',
             "engine.offload = optimizer",
         ),
-        (
-            zero(stage=3, offload_param={"device": "nvme", "nvme_path": "/a"}),
-            {"nvme_path": "/b"},
-            'zero_optimization.offload_param.nvme_path = "/a"',
-            "engine.nvme_path = /b",
-        ),
-        (
-            zero(stage=3, offload_param="cpu"),
-            {"nvme_path": "/b"},
-            'zero_optimization.offload_param.device = "cpu"',
-            "engine.nvme_path = /b",
-        ),
     ],
 )
 def test_another_engine_than_ours_is_refused_with_both(
@@ -499,12 +481,8 @@ def test_another_engine_than_ours_is_refused_with_both(
 
 
 def test_what_agrees_with_the_engine_section_is_fine() -> None:
-    engine = {"stage": 3, "offload": "parameters", "nvme_path": "/nvme"}
-    file = zero(
-        stage=3,
-        offload_optimizer={"device": "nvme"},
-        offload_param={"device": "nvme", "nvme_path": "/nvme"},
-    )
+    engine = {"stage": 3, "offload": "parameters"}
+    file = zero(stage=3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"})
     assert made(file, engine=engine).offload == "parameters"
 
 
@@ -613,11 +591,6 @@ def test_only_adamw_under_any_name_is_ours(
         ({"zero_optimization": False}, "zero_optimization.stage"),
         ({"zero_optimization": [2]}, "zero_optimization"),
         (zero(offload_param="cpu"), "zero_optimization.offload_param.device"),
-        (
-            zero(offload_optimizer={"device": "nvme", "nvme_path": "/n"}),
-            "zero_optimization.offload_optimizer.device",
-        ),
-        (zero(stage=3, offload_optimizer="nvme"), "zero_optimization.offload_optimizer.device"),
         (zero(offload_optimizer={"device": "gpu"}), "zero_optimization.offload_optimizer.device"),
         (zero(cpu_offload=True, offload_optimizer="cpu"), "zero_optimization.cpu_offload"),
         ({"stage": 3} | zero(), "stage"),
@@ -692,7 +665,6 @@ def test_all_problems_are_told_at_once() -> None:
             "engine.offload = parameters in the config: parameters are sharded, and so offloaded, in ZeRO stage 3 "
             "only, and the stage is 2; set it to 3",
         ),
-        ({"stage": 3, "nvme_path": "/n"}, "engine.nvme_path = /n in the config: nothing is offloaded"),
     ],
 )
 def test_an_engine_section_that_can_not_be(engine: dict[str, Any], line: str) -> None:
@@ -872,7 +844,7 @@ def test_our_lists_of_keys_are_those_of_the_installed_deepspeed() -> None:
         (tutorial(), {}),
         (tutorial(3), {}),
         (None, {"config": None}),
-        (zero(stage=3, offload_optimizer="nvme", offload_param="cpu"), {"nvme_path": "/nvme"}),
+        (zero(stage=3, offload_optimizer="cpu", offload_param="cpu"), {}),
         ({"aio": {"queue_depth": "auto"}} | zero(stage=1, overlap_comm="auto"), {}),
     ],
 )

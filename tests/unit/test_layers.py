@@ -19,30 +19,49 @@ ROOT = Path(raytune_ds.__file__).parent
 # From the ground up. A package's own __init__ counts as one module; those of the first line import nothing at all.
 ROOMS = """
     raytune_ds data model demo
-    errors storage tensorfile console hub config keys aliases yamlfile problems compose confighelp plan command
+    errors storage tensorfile console hub section clusterconfig config keys aliases yamlfile problems compose
+    naming confighelp plan command
+    deploy deploy.instances deploy.layout deploy.kubernetes deploy.render deploy.spot_aws deploy.spot_gcp
     demo.data data.formats data.sources data.readers_lines data.readers_json data.readers data.order data.packing
     data.store data.share data.tokenizer data.inputs
     data.template data.scatter data.buckets data.batch data.stream data.prepare data.show
     world rundir
-    model.tiny model.attention model.packed model.weights model.load model.adapters model.build
+    model.tiny model.attention model.packed model.weights model.load model.adapters model.build model.flops
     schedule
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
     engines.ds.stage engines.ds.autos engines.ds.config
     engines.choose engines.fill engines engines.adamw engines.ddp engines.fsdp engines.zero
     checkpoint saver tracking modelcard export loop worker generate evaluate
-    check cluster display launch sweep demo.run train compare cli __main__
+    network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
+    doctor.cluster doctor.report stopping check
+    cluster preflight torchgroup display metrics launch sweep demo.run train compare doctor.verb cli __main__
 """.split()
 
 LIGHT = """
-    errors storage console hub config keys aliases yamlfile problems compose confighelp plan command demo.data
+    errors storage console hub section clusterconfig config keys aliases yamlfile problems compose naming confighelp
+    plan command deploy deploy.instances deploy.layout deploy.kubernetes deploy.render demo.data
     data.formats data.sources data.readers_lines data.readers_json data.readers data.order
+    network doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
+    doctor.report
 """.split()
 HEAVY = ("torch", "ray", "transformers")
 
 # Who alone may import a library.
 RESERVED = {
-    "ray": {"data.stream", "data.prepare", "cluster", "launch", "sweep"},
+    "ray": {
+        "data.stream",
+        "data.prepare",
+        "deploy.spot_aws",
+        "deploy.spot_gcp",
+        "nodes",
+        "cluster",
+        "torchgroup",
+        "metrics",
+        "launch",
+        "sweep",
+    },
+    "botocore": {"deploy.spot_aws"},
     "deepspeed": {"engines.zero"},
 }
 GATHERS_ITS_MEMBERS = ("objectives", "engines")

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from raytune_ds.aliases import close
+from raytune_ds.aliases import ABSENT, close
 from raytune_ds.engines.ds.keys import AUTO, ZERO
 from raytune_ds.engines.ds.work import Work
 
 DEFAULT_STAGE = 2
-_AIO = {  # DeepSpeed's own defaults
-    "block_size": 1 << 20,
-    "queue_depth": 8,
-    "intra_op_parallelism": 1,
-    "single_submit": False,
-    "overlap_events": True,
-    "use_gds": False,
-}
-_DEVICES = ("none", "cpu", "nvme")
+_DEVICES = ("none", "cpu")
 _WANTS = {  # engine.offload: whether the optimizer and the parameters are offloaded
     "none": {"offload_optimizer": False, "offload_param": False},
     "optimizer": {"offload_optimizer": True, "offload_param": False},
@@ -27,20 +19,8 @@ def zero(work: Work) -> None:
     """Stage and offloads, from the file and from engine.*, which must not contradict each other."""
     stage = _stage(work)
     devices = {part: _device(work, part, stage) for part in ("offload_optimizer", "offload_param")}
-    path = work.facts.engine.nvme_path
-    if path is not None and "nvme" not in devices.values():
-        held = [work.said(f"{ZERO}.{part}.device") for part, device in devices.items() if device == "cpu"]
-        work.problems.append(
-            f'engine.nvme_path = {path} in the config, {" and ".join(held)}: leave one out, or write "nvme"'
-            if held
-            else f"engine.nvme_path = {path} in the config: nothing is offloaded that could go there; "
-            "set engine.stage=3 and engine.offload to optimizer or parameters"
-        )
     for part, device in devices.items():
         _offload(work, f"{ZERO}.{part}", device)
-    if "nvme" in devices.values():
-        given = {k: v for k, v in (work.get("aio") or {}).items() if v != AUTO}
-        work.put("aio", _AIO | given)
     if stage > 1 and work.facts.bf16:
         # Contributions that bfloat16 would round away; ddp and fsdp sum in float32 too.
         for key in ("data_types.grad_accum_dtype", "communication_data_type"):
@@ -76,7 +56,7 @@ def _stage(work: Work) -> int:
 
 
 def _device(work: Work, part: str, stage: int) -> str:
-    """Where optimizer or parameters go: none, cpu or nvme."""
+    """Where optimizer or parameters go: none or cpu."""
     key, engine = f"{ZERO}.{part}.device", work.facts.engine
     given = _given_device(work, f"{ZERO}.{part}")
     wanted = None if engine.offload is None else _WANTS[engine.offload][part]
@@ -85,11 +65,13 @@ def _device(work: Work, part: str, stage: int) -> str:
             key,
             f", engine.offload = {engine.offload} in the config: leave one of them out, or make them agree",
         )
-    device = given or (("cpu" if engine.nvme_path is None else "nvme") if wanted else "none")
-    if stage < 3 and device != "none" and (device == "nvme" or part == "offload_param"):
-        what = "parameters are sharded, and so offloaded," if part == "offload_param" else "a disk is used"
+    device = given or ("cpu" if wanted else "none")
+    if stage < 3 and device != "none" and part == "offload_param":
         named = work.said(key, given) if given else f"engine.offload = {engine.offload} in the config"
-        work.problems.append(f"{named}: {what} in ZeRO stage 3 only, and the stage is {stage}; set it to 3")
+        work.problems.append(
+            f"{named}: parameters are sharded, and so offloaded, in ZeRO stage 3 only, and the stage is {stage}; "
+            "set it to 3"
+        )
     return device
 
 
@@ -104,8 +86,9 @@ def _given_device(work: Work, section: str) -> str | None:
     if device in _DEVICES:
         return device
     near = close(device, _DEVICES, 0.6)
-    hint = f"did you mean {near[0]}?" if near else "write none, cpu or nvme"
-    work.problem(f"{section}.device", f": there is no such device; {hint}")
+    hint = f"did you mean {near[0]}?" if near else "write none or cpu"
+    why = ABSENT["nvme_path"] if device == "nvme" else f"there is no such device; {hint}"
+    work.problem(f"{section}.device", f": {why}")
     return None
 
 
@@ -116,26 +99,9 @@ def _offload(work: Work, section: str, device: str) -> None:
         return
     is_made = work.get(section) is None
     work.put(f"{section}.device", device)
-    if device == "nvme":
-        _nvme_path(work, f"{section}.nvme_path")
+    work.pop(f"{section}.nvme_path")
     gpu, pin = work.facts.gpu, f"{section}.pin_memory"
     if gpu is False:  # only CUDA can pin
         work.put(pin, False)
     elif is_made or work.get(pin) == AUTO:
         work.put(pin, bool(gpu))
-
-
-def _nvme_path(work: Work, key: str) -> None:
-    given, ours = work.told(key), work.facts.engine.nvme_path
-    if given is not None and ours is not None and given != ours:
-        work.problem(
-            key, f", engine.nvme_path = {ours} in the config: leave one of them out, or make them equal"
-        )
-    elif given is None and ours is None:
-        section = key.rpartition(".")[0]
-        work.problem(
-            f"{section}.device",
-            ": name a directory on the disk, in nvme_path beside it or in engine.nvme_path",
-        )
-    else:
-        work.put(key, given or ours)

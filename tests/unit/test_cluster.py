@@ -1,0 +1,72 @@
+"""Which workers a cluster has room for, or will have."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from raytune_ds import cluster
+from raytune_ds.cluster import Scale, plan_scale
+from raytune_ds.compose import compose
+from raytune_ds.config import ScalingConfig
+from raytune_ds.deploy.render import render
+from raytune_ds.errors import UserError
+
+HEAD = {"CPU": 4.0}
+GPU_NODE = {"CPU": 8.0, "GPU": 1.0}
+
+
+@pytest.fixture
+def scale(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The scale on some nodes, where an autoscaler may make it `most` GPU nodes."""
+
+    def plan(*nodes: dict[str, float], most: int | None = None, batch: int = 16, **scaling: Any) -> Scale:
+        monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": n} for n in nodes])
+        monkeypatch.delenv(cluster.MAY_GROW, raising=False)
+        if most is not None:
+            monkeypatch.setenv(cluster.MAY_GROW, json.dumps({"nodes": most, "CPU": 8, "GPU": 1}))
+        return plan_scale(ScalingConfig(**scaling), batch)
+
+    return plan
+
+
+def test_what_is_there(scale: Any) -> None:
+    assert scale(HEAD) == Scale(2, False, 1)
+    assert scale(HEAD, GPU_NODE, GPU_NODE) == Scale(2, True, 1)
+    assert scale(HEAD, GPU_NODE, GPU_NODE, use_gpu=False, num_workers=4, cpus_per_worker=4) == Scale(
+        4, False, 4
+    )
+    assert scale(GPU_NODE, GPU_NODE, batch=1) == Scale(1, True, 1)
+    with pytest.raises(UserError, match="room for 2"):
+        scale(HEAD, GPU_NODE, GPU_NODE, num_workers=3)
+
+
+def test_nodes_that_the_autoscaler_may_add_count(scale: Any) -> None:
+    """A cluster that has scaled to zero is no cluster without GPUs."""
+    assert scale(HEAD, most=3) == Scale(3, True, 1, nodes_to_come=3)
+    assert scale(HEAD, GPU_NODE, most=3) == Scale(3, True, 1, nodes_to_come=2)
+    assert scale(HEAD, GPU_NODE, most=3, num_workers=1) == Scale(1, True, 1, nodes_to_come=0)
+    assert scale(HEAD, most=3, num_workers=2) == Scale(2, True, 1, nodes_to_come=2)
+    with pytest.raises(UserError, match="room for 3"):
+        scale(HEAD, most=3, num_workers=4)
+
+
+@pytest.mark.parametrize("target", ["aws", "gcp", "kuberay-cluster", "kuberay-job"])
+def test_the_files_of_a_cluster_say_what_may_come(
+    target: str, scale: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, layout = render(compose([], ["scaling.num_workers=3"]), target)
+    assert cluster.MAY_GROW in text
+    told = layout.may_grow
+    assert told in text or json.dumps(told) in text
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": HEAD}])
+    monkeypatch.setenv(cluster.MAY_GROW, told)
+    assert plan_scale(ScalingConfig(num_workers=3), 16).nodes_to_come == layout.max_nodes == 3
+
+
+def test_a_queue_fixes_the_number_of_pods() -> None:
+    """Nodes that can never come must not be waited for."""
+    text, _ = render(compose([], ["cluster.kubernetes.queue=q", "cluster.max_nodes=4"]), "kuberay-cluster")
+    assert cluster.MAY_GROW not in text

@@ -1,0 +1,74 @@
+"""What a token takes: held against torch's own count of the operations, and GPUs known by their names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from raytune_ds.config import AdapterConfig, ModelConfig
+from raytune_ds.model import adapters, tiny
+from raytune_ds.model.build import build
+from raytune_ds.model.flops import Flops, peak_flops, peak_of
+
+FLOAT = torch.float32
+TOKENS = 64
+
+
+def counted(folder: Path, adapter: AdapterConfig) -> float:
+    """The operations of all products with parameters, forward and back, as torch sees them happen."""
+    settings: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = adapters.apply(AutoModelForCausalLM.from_pretrained(folder, **settings), adapter, FLOAT)
+    model.train()
+    ids = torch.randint(0, 100, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    by_operation = {str(operation): n for operation, n in counter.get_flop_counts()["Global"].items()}
+    return by_operation["aten.mm"] + by_operation.get("aten.addmm", 0)  # bmm is attention
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize(("kind", "tolerance"), [("none", 1e-9), ("lora", 0.04)])
+def test_as_many_as_torch_counts(
+    tiny_models: dict[str, Path], architecture: str, kind: str, tolerance: float
+) -> None:
+    """Exactly; but with frozen weights nothing flows back into the first layer's projections, which is not seen."""
+    folder = tiny_models[architecture]
+    adapter = AdapterConfig(kind=kind, dropout=0.0)
+    flops = Flops.of(build(ModelConfig(name=str(folder)), adapter, 0, FLOAT, FLOAT, False))
+    ours = (flops.per_token + flops.per_target) * TOKENS  # the whole text is trained on
+    assert ours == pytest.approx(counted(folder, adapter), rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA B200", 2250),
+        ("AMD Instinct MI300X", 1307),
+    ],
+)
+def test_known_gpus(name: str, tflops: float) -> None:
+    assert peak_of(name) == pytest.approx(tflops * 1e12)
+
+
+@pytest.mark.parametrize("name", ["Tesla V100-SXM2-16GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", ""])
+def test_of_others_nothing_is_claimed(name: str) -> None:
+    assert peak_of(name) is None
+
+
+def test_nor_of_a_cpu() -> None:
+    assert peak_flops(torch.device("cpu")) is None
