@@ -125,7 +125,8 @@ class Machine:
             return subprocess.Popen(self._inside(command, env), stdout=file, stderr=file)
 
     def _inside(self, command: Sequence[str | Path], env: dict[str, str]) -> list[str]:
-        script = 'source ~/.bashrc; exec "$@"'
+        # The home that sshd gives, whatever ours is called.
+        script = 'export HOME=/root; source ~/.bashrc; exec "$@"'
         settings = [f"{name}={value}" for name, value in env.items()]
         return [
             *("nsenter", "-t", str(self.pid), "-n", "-m", "-p", "-u", "-i", "--"),
