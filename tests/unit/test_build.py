@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +26,7 @@ FLOAT, HALF = torch.float32, torch.bfloat16
 SEED = 7
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Toy sizes gain nothing from threads, and lose much where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folders(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each architecture, no two vectors of it the same."""
-    root = tmp_path_factory.mktemp("distinct")
-    return {name: distinct(path, root / name) for name, path in tiny_models.items()}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def built(folder: Path, dtype: torch.dtype = HALF, trained: torch.dtype = FLOAT, **adapter: Any) -> Built:

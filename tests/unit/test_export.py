@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,7 @@ LORA = AdapterConfig(r=4, alpha=8.0)
 Tensors = dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Toy sizes gain nothing from threads, and lose much where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folders(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each architecture, no two vectors of it the same."""
-    root = tmp_path_factory.mktemp("distinct")
-    return {name: distinct(path, root / name) for name, path in tiny_models.items()}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- a finished run, by hand ----------------------------------------------------------------------

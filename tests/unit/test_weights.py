@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,7 @@ FP8 = {
 Tensors = dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Toy sizes gain nothing from threads, and lose much where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- model directories ----------------------------------------------------------------------------
@@ -94,13 +88,6 @@ def to_fp8(folder: Path) -> Tensors:
     store(folder, published)
     edit_config(folder, quantization_config=FP8)
     return meant
-
-
-@pytest.fixture(scope="module")
-def folders(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each architecture, see `distinct`; not to be changed."""
-    root = tmp_path_factory.mktemp("distinct")
-    return {name: distinct(path, root / name) for name, path in tiny_models.items()}
 
 
 @pytest.fixture(scope="module")
