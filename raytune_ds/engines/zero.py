@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -230,7 +231,7 @@ def _first_line(error: Exception) -> str:
 # -------------------------------------------------------------------------------------- what a rank keeps
 
 
-class _Partitions:
+class _Partitions(ABC):
     """The float32 parameters and moments that DeepSpeed keeps on this rank, by name."""
 
     def __init__(self, zero: Any, trained: Mapping[str, nn.Parameter], world: World) -> None:
@@ -243,9 +244,9 @@ class _Partitions:
                 **{moment: torch.zeros_like(flat) for moment in MOMENTS},
             }
 
+    @abstractmethod
     def _masters(self) -> Iterable[torch.Tensor]:
         """The flat float32 tensors that the optimizer works on."""
-        raise NotImplementedError
 
     @property
     def updates(self) -> int:
@@ -277,13 +278,13 @@ class _Partitions:
             else:
                 state["step"] = updates
 
+    @abstractmethod
     def pieces(self) -> Iterator[Piece]:
         """See Engine."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, read: Read, updates: int, kinds: Sequence[str] = KINDS) -> None:
         """See Engine; `kinds` of state that are taken."""
-        raise NotImplementedError
 
 
 class _Partitions12(_Partitions):
