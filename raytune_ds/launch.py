@@ -6,13 +6,15 @@ worker's output to the driver stays off, so a log holds each thing once and in o
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import threading
 import time
+from collections.abc import Callable
 from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import ray.train
@@ -49,7 +51,7 @@ class Result:
     """What result.json holds.
 
     Attributes:
-        status: finished, failed, or stopped (by a signal).
+        status: finished, failed, or stopped (by a signal, or because its watcher wanted no more of it).
         run: the run directory.
         wall_time_s: of this launch, from its first check to its end; that of earlier launches is not in it.
         progress: of a run that is not finished, that of its newest checkpoint.
@@ -67,6 +69,27 @@ class Result:
     final_bytes: int
     restarts: tuple[str, ...]
     error: str | None = None
+
+
+class Watcher(Protocol):
+    """Sees a run as it goes on, and may end it."""
+
+    @property
+    def judges(self) -> bool:
+        """Whether `goes_on` is asked."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def begins(self, stop: Callable[[], None]) -> None:
+        """Workers are about to start; `stop` ends them, whatever they are at."""
+
+    def show(self, kind: str, content: dict[str, Any]) -> None:
+        """An event, as the workers report it."""
+
+    def goes_on(self, step: int) -> bool:
+        """Whether to train on after the evaluation of a step, whose checkpoint is written; training waits for it."""
 
 
 def launch(config: Config, debug: bool = False) -> Result:
@@ -95,7 +118,21 @@ def _launch(checked: Checked, where: str, started: float) -> Result:
     say(f"{scale.num_workers} {'GPU' if scale.use_gpu else 'CPU'} worker(s) on {where}")
     if scale.nodes_to_come:
         say(f"the cluster has to grow by {scale.nodes_to_come} node(s) for them, which takes minutes")
-    assignment = assign(checked)
+    return train(assign(checked), scale, started, Display())
+
+
+def train(assignment: Assignment, scale: cluster.Scale, started: float, watcher: Watcher) -> Result:
+    """Trains, from the newest checkpoint of the run on; Ray is there, and all that can be tried before has been.
+
+    Args:
+        assignment: of the workers.
+        scale: of the workers.
+        started: when this launch began, by time.monotonic.
+        watcher: sees it.
+
+    Raises:
+        UserError, TrainingFailedError, Stopped: see launch.
+    """
     if (done := _finished_before(assignment)) is not None:
         say(f"run: {assignment.run.path} is finished already; raise train.num_train_epochs to continue it")
         return done
@@ -112,9 +149,10 @@ def _launch(checked: Checked, where: str, started: float) -> Result:
         return _write_result(assignment, scale, started, status, outcome, restarts)
 
     mailbox = _mailbox(assignment.run.name)
-    trainer = _trainer(assignment, scale, mailbox)
+    trainer = _trainer(assignment, scale, mailbox, watcher.judges)
     try:
-        outcome = _fit(trainer, mailbox, restarts)
+        watcher.begins(trainer.stop)
+        outcome = _fit(trainer, mailbox, restarts, watcher)
     except KeyboardInterrupt:
         # Who stops a job kills it soon: what is worth most comes first.
         progress = _newest_progress(assignment.run)
@@ -132,17 +170,15 @@ def _launch(checked: Checked, where: str, started: float) -> Result:
     if outcome.error is not None:
         write("failed", dataclasses.replace(outcome, progress=_newest_progress(assignment.run)))
         raise UserError(outcome.error)
-    result = write("finished", outcome)
+    result = write("stopped" if outcome.stopped else "finished", outcome)
     _say_end(result)
     return result
 
 
 def _newest_progress(run: RunDir) -> dict[str, Any] | None:
     """What a run had counted at its newest complete checkpoint; None if there is none."""
-    for step in reversed(checkpoint.steps(run.checkpoints)):
-        with contextlib.suppress(checkpoint.CheckpointError):
-            return checkpoint.read_manifest(checkpoint.directory(run.checkpoints, step)).progress
-    return None
+    manifest = checkpoint.newest_complete(run.checkpoints)
+    return manifest.progress if manifest else None
 
 
 def _write_result(
@@ -170,16 +206,23 @@ def _write_result(
     return result
 
 
-def assign(checked: Checked) -> Assignment:
+def assign(checked: Checked, run: RunDir | None = None, lineage: str | None = None) -> Assignment:
     """Prepares the data: what a worker is told. Ray is needed.
+
+    Args:
+        checked: the config.
+        run: its directory, if it is not the usual one.
+        lineage: where its settings, or its first steps, come from.
 
     Raises:
         UserError: a row is bad, or nothing is left to train on.
     """
     config, root = checked.config, checked.root
     store = prepare(config, checked.inputs, checked.tokenizer, f"{root}/.prepared")
-    run = RunDir(f"{root}/{config.run.name or _make_name(config)}")
-    return Assignment(config, checked.model, checked.base, checked.tokenizer, store, run, checked.ds_config)
+    run = run or RunDir(f"{root}/{config.run.name or _make_name(config)}")
+    return Assignment(
+        config, checked.model, checked.base, checked.tokenizer, store, run, checked.ds_config, lineage
+    )
 
 
 def _make_name(config: Config) -> str:
@@ -227,6 +270,8 @@ class Mailbox:
     def __init__(self, run: str) -> None:
         self._events: list[tuple[str, dict[str, Any]]] = []
         self._metrics = RunMetrics(run)
+        self._verdicts: dict[int, asyncio.Future[bool]] = {}
+        self._ended = False
 
     def put(self, kind: str, content: dict[str, Any]) -> None:
         """One more event."""
@@ -238,6 +283,22 @@ class Mailbox:
         self._metrics.publish()
         events, self._events = self._events, []
         return events
+
+    async def verdict(self, step: int) -> bool:
+        """Whether to train on after a step: for the workers, who wait for it."""
+        return await self._verdict(step)
+
+    async def judge(self, step: int, goes_on: bool) -> None:
+        """The verdict. An end is one for good, should workers have been restarted meanwhile."""
+        self._ended |= not goes_on
+        if not (future := self._verdict(step)).done():
+            future.set_result(goes_on)
+
+    def _verdict(self, step: int) -> asyncio.Future[bool]:
+        future = self._verdicts.setdefault(step, asyncio.get_running_loop().create_future())
+        if self._ended and not future.done():
+            future.set_result(False)
+        return future
 
 
 class RestartReporter(ray.train.UserCallback):
@@ -278,9 +339,9 @@ def _mailbox(run: str) -> Any:
     return Mailbox.options(scheduling_strategy=here).remote(run)  # type: ignore[attr-defined]  # Ray adds it
 
 
-def _trainer(assignment: Assignment, scale: cluster.Scale, mailbox: Any) -> Trainer:
+def _trainer(assignment: Assignment, scale: cluster.Scale, mailbox: Any, is_judged: bool) -> Trainer:
     return Trainer(
-        partial(_worker_main, assignment=assignment, use_gpu=scale.use_gpu, mailbox=mailbox),
+        partial(_worker_main, assignment=assignment, mailbox=mailbox, is_judged=is_judged),
         torch_config=NodesTorchConfig(model=assignment.model, revision=assignment.base.revision),
         scaling_config=ray.train.ScalingConfig(
             num_workers=scale.num_workers,
@@ -297,10 +358,10 @@ def _trainer(assignment: Assignment, scale: cluster.Scale, mailbox: Any) -> Trai
     )
 
 
-def _fit(trainer: Trainer, mailbox: Any, restarts: list[str]) -> Outcome:
+def _fit(trainer: Trainer, mailbox: Any, restarts: list[str], watcher: Watcher) -> Outcome:
     """The run, shown as it goes; why workers died is added to `restarts`."""
     try:
-        with Display() as display, _Following(mailbox, display, restarts):
+        with watcher, _Following(mailbox, watcher, restarts):
             result = trainer.fit()
     finally:
         mailbox.__ray_terminate__.remote()  # its metrics go out once more, and end with it
@@ -308,7 +369,7 @@ def _fit(trainer: Trainer, mailbox: Any, restarts: list[str]) -> Outcome:
     return result.return_value
 
 
-def _worker_main(assignment: Assignment, use_gpu: bool, mailbox: Any) -> Outcome:
+def _worker_main(assignment: Assignment, mailbox: Any, is_judged: bool) -> Outcome:
     """What Ray Train runs in each worker."""
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
@@ -322,7 +383,10 @@ def _worker_main(assignment: Assignment, use_gpu: bool, mailbox: Any) -> Outcome
         if kind == "eval":
             ray.train.report({k: v for k, v in content.items() if isinstance(v, int | float)})
 
-    return run_worker(assignment, world, _open_stream, report)
+    def judge(step: int) -> bool:
+        return bool(ray.get(mailbox.verdict.remote(step)))
+
+    return run_worker(assignment, world, _open_stream, report, judge if is_judged else None)
 
 
 def _open_stream(store: Any, share: Any, steps: range) -> Any:
@@ -332,8 +396,8 @@ def _open_stream(store: Any, share: Any, steps: range) -> Any:
 class _Following:
     """Shows the mailbox's events from a thread while the run goes on."""
 
-    def __init__(self, mailbox: Any, display: Display, restarts: list[str]) -> None:
-        self._mailbox, self._display, self._restarts = mailbox, display, restarts
+    def __init__(self, mailbox: Any, watcher: Watcher, restarts: list[str]) -> None:
+        self._mailbox, self._watcher, self._restarts = mailbox, watcher, restarts
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -356,11 +420,17 @@ class _Following:
             for kind, content in events:
                 if kind == "restart":
                     self._restarts.append(content["text"])
-                self._display.show(kind, content)
+                self._watcher.show(kind, content)
+                if kind == "eval" and self._watcher.judges:
+                    step = content["step"]
+                    self._mailbox.judge.remote(step, self._watcher.goes_on(step))
 
 
 def _say_end(result: Result) -> None:
     progress = result.progress
+    if result.status == "stopped":
+        say(f"stopped after step {progress['step']}, of which there is a checkpoint")
+        return
     losses = f"loss {_shown(progress['first_loss'])} -> {_shown(progress['last_loss'])}"
     if progress["last_eval_loss"] is not None:
         losses += f", held-out {_shown(progress['first_eval_loss'])} -> {_shown(progress['last_eval_loss'])}"

@@ -66,10 +66,12 @@ class Hooks:
         log: takes one row for metrics.jsonl; called on every rank (only times differ).
         checkpoint: saves the state as it is, and returns the seconds that training stood still for it; all ranks
             call it together.
+        goes_on: whether to train on after an evaluation; the same on all ranks, which call it together.
     """
 
     log: Callable[[Row], None]
     checkpoint: Callable[[Progress], float]
+    goes_on: Callable[[int], bool] = lambda step: True
 
 
 @dataclass
@@ -101,7 +103,7 @@ def train(
     hooks: Hooks,
     progress: Progress,
 ) -> Progress:
-    """Trains from `progress.step` to the end.
+    """Trains from `progress.step` to the end, or to the evaluation after which `hooks.goes_on` says no.
 
     Args:
         config: of the run.
@@ -115,7 +117,7 @@ def train(
         progress: where the run stands.
 
     Returns:
-        The progress at the end.
+        The progress at the end, of which there is a checkpoint.
     """
     multiplier = lr_multiplier(config.train, plan.total_steps)
     engine.module.train()
@@ -126,9 +128,15 @@ def train(
             _note_eval(progress, loss)
             hooks.log({"step": progress.step, "eval_loss": loss})
 
+    def save() -> None:
+        waited = hooks.checkpoint(progress)
+        progress.checkpoint_wait_s += waited
+        hooks.log({"step": progress.step, "checkpoint_wait_s": waited})
+
     if progress.step == 0:
         evaluate()
-    while progress.step < plan.total_steps:
+    goes_on = True
+    while goes_on and progress.step < plan.total_steps:
         started = time.perf_counter()
         micro_batches = next(batches)
         data_wait = time.perf_counter() - started
@@ -148,10 +156,13 @@ def train(
         if plan.evaluates(progress.step):
             evaluate()
         is_best = progress.eval_step == progress.step and progress.last_eval_loss == progress.best_eval_loss
-        if plan.saves(progress.step) or (is_best and plan.checkpoint_best):
-            waited = hooks.checkpoint(progress)
-            progress.checkpoint_wait_s += waited
-            hooks.log({"step": progress.step, "checkpoint_wait_s": waited})
+        saved = plan.saves(progress.step) or (is_best and plan.checkpoint_best)
+        if saved:
+            save()
+        if plan.evaluates(progress.step) and progress.step < plan.total_steps:
+            goes_on = hooks.goes_on(progress.step)
+        if not (goes_on or saved):
+            save()
     return progress
 
 

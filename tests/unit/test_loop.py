@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -39,7 +39,10 @@ def empty_batches() -> Iterator[list[Batch]]:
 
 
 def run(
-    monkeypatch: pytest.MonkeyPatch, losses: list[float], every: int | str
+    monkeypatch: pytest.MonkeyPatch,
+    losses: list[float],
+    every: int | str,
+    goes_on: Callable[[int], bool] = lambda step: True,
 ) -> tuple[list[int], Progress, list[Any]]:
     """Steps that were saved, in a run of 20 that is evaluated every third step with these losses."""
     config = Config(train={"max_steps": 20, "eval_steps": 3}, checkpoint={"every_steps": every})
@@ -62,7 +65,7 @@ def run(
         objective=lambda *_: torch.zeros(()),
         batches=empty_batches(),
         eval_batches=lambda: [],
-        hooks=Hooks(log=rows.append, checkpoint=save),
+        hooks=Hooks(log=rows.append, checkpoint=save, goes_on=goes_on),
         progress=progress,
     )
     return saved, progress, rows
@@ -94,3 +97,34 @@ def test_standing_still_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert progress.checkpoint_wait_s == 0.25 * len(saved)
     waits = [row for row in rows if "checkpoint_wait_s" in row]
     assert [(row["step"], row["checkpoint_wait_s"]) for row in waits] == [(step, 0.25) for step in saved]
+
+
+def test_after_each_evaluation_but_the_last_it_is_asked_whether_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not before the first step either: nothing was trained for that evaluation."""
+    asked: list[int] = []
+    saved, progress, _ = run(monkeypatch, LOSSES, 8, lambda step: not asked.append(step))
+    assert asked == [3, 6, 9, 12, 15, 18]
+    assert (saved, progress.step) == ([8, 16, 20], 20)
+
+
+@pytest.mark.parametrize(
+    ("every", "last", "steps"),
+    [
+        (8, 3, [3]),  # no checkpoint was due
+        (8, 9, [8, 9]),
+        (3, 9, [3, 6, 9]),  # one was
+        ("auto", 9, [3, 9]),  # the best loss so far
+        ("auto", 6, [3, 6]),
+    ],
+)
+def test_a_run_that_is_not_to_go_on_ends_with_one_checkpoint_of_its_last_step(
+    monkeypatch: pytest.MonkeyPatch, every: int | str, last: int, steps: list[int]
+) -> None:
+    """It is as good as any other: what was trained can be gone on with."""
+    saved, progress, rows = run(monkeypatch, LOSSES, every, lambda step: step < last)
+    assert saved == steps
+    assert (progress.step, progress.eval_step) == (last, last)
+    assert max(row["step"] for row in rows) == last
+    assert rows[-1] == {"step": last, "checkpoint_wait_s": 0.25}
