@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,33 @@ def check(config: Config) -> Checked:
     tokenizer = TokenizerSpec.of(model.name, config.data.chat_template, model.trust_remote_code)
     load_tokenizer(tokenizer)
     return Checked(config, root, inputs, model, tokenizer, report, base, ds_config)
+
+
+def vary(base: Checked, config: Config) -> Checked:
+    """What `check` finds for a config that was made from a checked one; what they share is not looked for again.
+
+    Raises:
+        UserError: anything the user can mend.
+    """
+    same_data = config.data == base.config.data
+    same_model = same_data and (config.model, config.run.seed) == (base.config.model, base.config.run.seed)
+    same_engine = (config.engine, config.train) == (base.config.engine, base.config.train)
+    inputs = base.inputs if same_data else Inputs.find(config.data)
+    model = base.model if same_model else _located(config, inputs, base.root)
+    report = adapters.report(skeleton(model), config.adapter)
+    weights = base.base if same_model else Base(*_identity(model), report.total, report.trainable)
+    return Checked(
+        config=config,
+        root=base.root,
+        inputs=inputs,
+        model=model,
+        tokenizer=base.tokenizer
+        if same_model
+        else TokenizerSpec.of(model.name, config.data.chat_template, model.trust_remote_code),
+        report=report,
+        base=replace(weights, total=report.total, trainable=report.trainable),
+        ds_config=base.ds_config if same_engine else _check_engine(config),
+    )
 
 
 def _check_storage(config: Config) -> str:
