@@ -10,6 +10,7 @@ checkpoint depends on the engine or the number of ranks that wrote it, and no ra
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -206,6 +207,14 @@ def read_manifest(path: str) -> Manifest:
         raise CheckpointError(f"{path}: {error}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}/manifest.json: damaged: {error}") from error
+
+
+def newest_complete(root: str) -> Manifest | None:
+    """The manifest of the newest complete checkpoint below `root`, its files unseen; None if there is none."""
+    for step in reversed(steps(root)):
+        with contextlib.suppress(CheckpointError):
+            return read_manifest(directory(root, step))
+    return None
 
 
 def verify(path: str, world: World) -> Manifest:

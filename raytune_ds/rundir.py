@@ -11,13 +11,13 @@ ds_config.json   what DeepSpeed was really given, where it was the engine
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raytune_ds import storage
+from raytune_ds.storage import finite
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,11 @@ def parse_lines(content: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
+def to_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Rows as they stand in metrics.jsonl; a number that JSON does not have (the loss of a skipped step) as null."""
+    return b"".join((json.dumps(finite(dict(row)), allow_nan=False) + "\n").encode() for row in rows)
+
+
 class MetricsFile:
     """Appends to metrics.jsonl, each step in it once, also after a restart.
 
@@ -92,7 +97,7 @@ class MetricsFile:
         """
         self._path, self._warn = run.metrics, warn
         there = storage.read_bytes(self._path) if storage.exists(self._path) else b""
-        self._content = b"".join(_line(row) for row in parse_lines(there) if row["step"] <= last_step)
+        self._content = to_lines(row for row in parse_lines(there) if row["step"] <= last_step)
         if not there or self._content != there:  # what is right already must not fail on a full disk
             storage.write_bytes(self._path, self._content)
         local = storage.is_local(self._path)
@@ -103,9 +108,9 @@ class MetricsFile:
     def write(self, row: dict[str, Any]) -> None:
         """One line. While the disk is full lines are kept in memory; training is worth more than they are."""
         if self._file is None:
-            self._content += _line(row)
+            self._content += to_lines([row])
             return
-        self._pending += _line(row)
+        self._pending += to_lines([row])
         self._drain()
 
     def _drain(self) -> None:
@@ -140,9 +145,3 @@ class MetricsFile:
         self.flush()
         if self._file is not None:
             self._file.close()
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    """A row as a line; a number that JSON does not have (the loss of a skipped step) as null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return (json.dumps(finite, allow_nan=False) + "\n").encode()

@@ -143,6 +143,14 @@ def upload_dir(local: Path, path: str) -> None:
     pafs.copy_files(str(local), inner, pafs.LocalFileSystem(), filesystem)
 
 
+def copy(source: str, target: str) -> None:
+    """Copies a file from anywhere to anywhere."""
+    there, inner = open_filesystem(source)
+    filesystem, place = open_filesystem(target)
+    filesystem.create_dir(place.rpartition("/")[0], recursive=True)
+    pafs.copy_files(inner, place, there, filesystem)
+
+
 def check_writable(path: str) -> None:
     """Writes and deletes a small file under `path`.
 
