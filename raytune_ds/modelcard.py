@@ -12,7 +12,12 @@ from raytune_ds.config import Config
 
 
 def model_card(
-    config: Config, data: str, num_examples: int, progress: Mapping[str, Any], trainable: int
+    config: Config,
+    data: str,
+    num_examples: int,
+    progress: Mapping[str, Any],
+    trainable: int,
+    lineage: str | None = None,
 ) -> str:
     """The text of a card.
 
@@ -22,6 +27,7 @@ def model_card(
         num_examples: trained on.
         progress: what the run counted: step, tokens, losses.
         trainable: parameters that were trained.
+        lineage: where its settings, or its first steps, come from.
     """
     is_adapter = config.adapter.kind != "none"
     library = "peft" if is_adapter else "transformers"
@@ -48,6 +54,7 @@ def model_card(
                 f"| {name} | {value.replace('|', chr(92) + '|')} |"
                 for name, value in _facts(config, data, num_examples, progress, trainable)
             ),
+            *([f"| lineage | {lineage} |"] if lineage else []),
             "",
         )
     )

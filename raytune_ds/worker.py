@@ -36,13 +36,16 @@ from raytune_ds.objectives import OBJECTIVES
 from raytune_ds.rundir import RunDir
 from raytune_ds.saver import Label, Saver, Written
 from raytune_ds.schedule import warmup_steps
-from raytune_ds.tracking import Tracking
+from raytune_ds.tracking import Group, Tracking
 from raytune_ds.world import World
 
 T = TypeVar("T")
 
 Report = Callable[[str, dict[str, Any]], None]
 """Tells what happens: a kind (start, step, eval, checkpoint, checkpoint_wait, note, warning), its content."""
+
+Judge = Callable[[int], bool]
+"""Whether to train on after the evaluation at some step; asked on rank 0 once its checkpoint is written."""
 
 OpenStream = Callable[[Store, Share, range], Iterator[list[Batch]]]
 """How the batches of some steps come to this worker."""
@@ -95,6 +98,8 @@ class Assignment:
         store: prepared.
         run: its directory.
         ds_config: the user's own DeepSpeed config.
+        lineage: where its settings, or its first steps, come from, for the model card.
+        group: that trackers show the run in.
     """
 
     config: Config
@@ -104,6 +109,8 @@ class Assignment:
     store: Store
     run: RunDir
     ds_config: dict[str, Any] | None
+    lineage: str | None = None
+    group: Group | None = None
 
     @property
     def plan(self) -> Plan:
@@ -137,6 +144,7 @@ class Outcome:
         engine: that was taken.
         trainable: parameters that were trained.
         final_bytes: size of final/.
+        stopped: whether it was ended early, by its judge; it has no final/ then.
     """
 
     error: str | None = None
@@ -145,18 +153,23 @@ class Outcome:
     engine: str = ""
     trainable: int = 0
     final_bytes: int = 0
+    stopped: bool = False
 
 
-def run_worker(assignment: Assignment, world: World, open_stream: OpenStream, report: Report) -> Outcome:
+def run_worker(
+    assignment: Assignment, world: World, open_stream: OpenStream, report: Report, judge: Judge | None = None
+) -> Outcome:
     """Trains this rank's share of the run, from where its newest checkpoint left it."""
     # A mistake of the user's is returned, not raised: raised, it would look like a crash and be tried again.
     try:
-        return _run(assignment, world, open_stream, report)
+        return _run(assignment, world, open_stream, report, judge)
     except UserError as error:
         return Outcome(error=str(error))
 
 
-def _run(assignment: Assignment, world: World, open_stream: OpenStream, report: Report) -> Outcome:
+def _run(
+    assignment: Assignment, world: World, open_stream: OpenStream, report: Report, judge: Judge | None
+) -> Outcome:
     config, plan = assignment.config, assignment.plan
     dtype = _common_dtype(assignment, world)
     choice = _choose(assignment, world, dtype)
@@ -203,12 +216,13 @@ def _run(assignment: Assignment, world: World, open_stream: OpenStream, report: 
                 assignment.store, _share(assignment, world), range(progress.step, plan.total_steps)
             ),
             eval_batches=_eval_batches(assignment, world),
-            hooks=_hooks(config, saver, tracking, report),
+            hooks=_hooks(config, world, saver, tracking, report, judge),
             progress=progress,
         )
         saver.close()
+    stopped = progress.step < plan.total_steps
     try:
-        final = _save_final(assignment, world, built, progress, report)
+        final_bytes = 0 if stopped else _save_final(assignment, world, built, progress, report).size
     finally:
         if tracking is not None:
             tracking.close()
@@ -218,16 +232,18 @@ def _run(assignment: Assignment, world: World, open_stream: OpenStream, report: 
         peak_memory_mib=tuple(world.gather(peak_memory_mib(world.device))),
         engine=choice.kind,
         trainable=built.trainable,
-        final_bytes=final.size,
+        final_bytes=final_bytes,
+        stopped=stopped,
     )
 
 
-def _differences(key: str, there: Any, here: Any) -> Iterator[str]:
+def differences(there: Any, here: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key, the value there and the value here, of all in which two identities differ."""
     if isinstance(there, dict) and isinstance(here, dict):
         for name in here:
-            yield from _differences(f"{key}.{name}".lstrip("."), there.get(name), here[name])
+            yield from differences(there.get(name), here[name], f"{key}.{name}".lstrip("."))
     elif there != here:
-        yield f"  {key}: {there} then, {here} now"
+        yield key, there, here
 
 
 def _note(report: Report, text: str) -> None:
@@ -331,7 +347,10 @@ def require_same_run(assignment: Assignment, manifest: Manifest) -> None:
     Raises:
         UserError: naming each difference.
     """
-    changed = list(_differences("", manifest.identity, assignment.identity))
+    changed = [
+        f"  {key}: {then} then, {now} now"
+        for key, then, now in differences(manifest.identity, assignment.identity)
+    ]
     if changed:
         raise UserError(
             f"run.name = {assignment.run.name}: this run was begun with other settings:\n"
@@ -377,6 +396,7 @@ def _open_tracking(
         assignment.config.model_dump(mode="json"),
         last_step=found[1].step if found else -1,
         warn=lambda text: report("warning", {"text": text}),
+        group=assignment.group,
     )
 
 
@@ -423,7 +443,14 @@ def _peak_flops(world: World) -> float | None:
     return None if None in peaks else sum(peaks)
 
 
-def _hooks(config: Config, saver: Saver, tracking: Tracking | None, report: Report) -> Hooks:
+def _hooks(
+    config: Config,
+    world: World,
+    saver: Saver,
+    tracking: Tracking | None,
+    report: Report,
+    judge: Judge | None,
+) -> Hooks:
     def log(row: Row) -> None:
         is_step = "loss" in row
         if tracking is not None:
@@ -447,7 +474,13 @@ def _hooks(config: Config, saver: Saver, tracking: Tracking | None, report: Repo
             )
         return waited
 
-    return Hooks(log=log, checkpoint=save)
+    def goes_on(step: int) -> bool:
+        if judge is None:
+            return True
+        saver.wait()  # whoever judges may kill this process at once
+        return bool(world.broadcast(judge(step) if world.is_main else None))
+
+    return Hooks(log=log, checkpoint=save, goes_on=goes_on)
 
 
 # --------------------------------------------------------------------------------------- what it leaves
@@ -472,7 +505,14 @@ def _save_final(
         ) from error
     report("note", {"text": f"writing {run.final}"})
     data = assignment.store.manifest
-    card = model_card(config, data.fingerprint, data.train.num_docs, asdict(progress), built.trainable)
+    card = model_card(
+        config,
+        data.fingerprint,
+        data.train.num_docs,
+        asdict(progress),
+        built.trainable,
+        assignment.lineage,
+    )
     tokenizer = world.together(lambda: load_tokenizer(assignment.tokenizer))
     try:
         final = save_final(
