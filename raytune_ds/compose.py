@@ -26,6 +26,8 @@ from raytune_ds.yamlfile import parse, read
 COMMAND_LINE = "command line"
 _MAX_DEPTH = 8  # parts of a dotted key; the tree has four (data.sources.0.path)
 
+_OF_OTHER_KEYS = (("sweep", "space"), ("sweep", "trial"))  # below these stand the keys of other sections
+
 
 def compose(files: Sequence[str | Path], overrides: Sequence[str]) -> Config:
     """Merge YAML files from left to right, then `key.sub=value` overrides, into a checked config.
@@ -129,7 +131,7 @@ def _stray(argument: str, before: str) -> str:
 def _override_value(path: KeyPath, text: str) -> tuple[Any, Sequence[KeyPath]]:
     """The value of an override, and the keys in it."""
     text = text.strip()
-    if not (keys.field(path) or keys.list_around(path)):
+    if not (keys.field(path) or keys.list_around(path) or path[:2] in _OF_OTHER_KEYS):
         return None, []  # the key is what is wrong; the parser might quote the value, a secret perhaps
     if keys.takes_text(path) and not text.startswith(("[", "{", '"', "'")):
         # what was typed: `run.name=007`, `data.sources=*`
@@ -184,6 +186,24 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def overridden(config: Config, values: Mapping[str, Any], where: str) -> Config:
+    """The config with other values of some dotted keys, checked again as a whole.
+
+    Args:
+        config: resolved.
+        values: dotted key to value.
+        where: names the place that the values came from.
+
+    Raises:
+        UserError: naming that place, for each value that does not fit.
+    """
+    given = _Given(config.model_dump(mode="json"), {(): "resolved config"})
+    for key, value in values.items():
+        path = tuple(key.split("."))
+        given._merge(path, value, {path: where})
+    return _checked(given, [])
 
 
 def replaced(config: Config, **sections: dict[str, Any]) -> Config:

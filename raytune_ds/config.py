@@ -13,6 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from raytune_ds.clusterconfig import ClusterConfig
 from raytune_ds.section import Count, Section, Text, about, without_credentials
+from raytune_ds.sweepconfig import SweepConfig
 
 TINY_MODELS = ("tiny:deepseek-v2", "tiny:deepseek-v3", "tiny:qwen2", "tiny:llama")
 
@@ -536,6 +537,10 @@ class Config(Section):
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="Where metrics go.")
     cluster: ClusterConfig = Field(
         default=ClusterConfig(), description="The machines of `raytune-ds render`; a run does not look at it."
+    )
+    sweep: SweepConfig = Field(
+        default=SweepConfig(),
+        description="What `python -m raytune_ds.sweep` searches; a run does not look at it.",
     )
 
     @field_validator("scaling")

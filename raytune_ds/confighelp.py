@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from raytune_ds.config import Config, SourceConfig
 from raytune_ds.keys import KeyPath, section_of, walk
+from raytune_ds.sweepconfig import Dimension, Setting
 
 _KIND_NAMES = {
     bool: "true | false",
@@ -20,6 +21,7 @@ _KIND_NAMES = {
     NoneType: "null",
     SourceConfig: "path or {path, format}",
 }
+_MAPPINGS = {Dimension: "{key: {verb: values}}", Setting: "{key: value}"}
 
 
 def help_text() -> str:
@@ -59,6 +61,8 @@ def _kind(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return " | ".join(_kind(part, metadata) for part in arguments)
     if origin is Literal:
         return " | ".join(str(choice) for choice in arguments)
+    if origin is tuple and arguments[0] in _MAPPINGS:
+        return _MAPPINGS[arguments[0]]
     if origin is tuple:
         return f"list of ({_kind(arguments[0])})"
     return _KIND_NAMES[annotation] + (_bounds(metadata) if annotation in (int, float) else "")

@@ -10,8 +10,7 @@ from pathlib import Path
 from raytune_ds.compose import differences
 from raytune_ds.config import Config
 
-# What a run may change and still go on: it decides nothing of the result.
-_FREE = (
+DECIDES_NOTHING = (
     "cluster.",
     "scaling.",
     "engine.",
@@ -21,6 +20,7 @@ _FREE = (
     "run.storage",
     "run.resume",
 )
+"""Keys, or their sections, that a run may go on with another value of: the result is the same."""
 
 
 def stem(config: Config) -> str:
@@ -33,11 +33,16 @@ def stem(config: Config) -> str:
     return "-".join(re.sub(r"[^A-Za-z0-9._-]", "-", part) for part in parts).lstrip(".-")
 
 
-def lasting_name(config: Config) -> str:
-    """The run's name, or one that the same settings always give, so that a second attempt resumes the first."""
+def lasting_name(config: Config, but_for: tuple[str, ...] = (*DECIDES_NOTHING, "sweep.")) -> str:
+    """The run's name, or one that the same settings always give, so that a second attempt resumes the first.
+
+    Args:
+        config: of the run.
+        but_for: what keys begin with that decide nothing.
+    """
     if config.run.name is not None:
         return config.run.name
-    settings = {k: b for k, (_, b) in differences(Config(), config).items() if not k.startswith(_FREE)}
+    settings = {k: b for k, (_, b) in differences(Config(), config).items() if not k.startswith(but_for)}
     return f"{stem(config)[:100]}-{_digest(json.dumps(settings, sort_keys=True))}"
 
 

@@ -71,6 +71,25 @@ DEFAULTS = {
     "scaling": {"num_workers": "auto", "use_gpu": "auto", "cpus_per_worker": 1, "max_failures": 3},
     "checkpoint": {"every_steps": "auto", "keep": 2, "background": True, "rehearse": True},
     "tracking": {"to": ["tensorboard"]},
+    "sweep": {
+        "space": None,
+        "trial": {},
+        "metric": ["eval_loss"],
+        "mode": "auto",
+        "trials": "auto",
+        "reports": 9,
+        "max_concurrent": "auto",
+        "give_up_after": 3,
+        "searcher": {"kind": "auto", "startup_trials": 5},
+        "scheduler": {
+            "kind": "asha",
+            "grace_period": 1,
+            "reduction_factor": 3,
+            "perturbation_interval": 1,
+            "quantile_fraction": 0.25,
+        },
+        "budget": {"tokens": None, "hours": None, "money": None, "price_per_hour": None},
+    },
 }
 
 
@@ -259,6 +278,19 @@ UNITS = {
     "cluster.aws.disk_gib": "GiB",
     "cluster.gcp.disk_gib": "GiB",
     "cluster.kubernetes.shm_gib": "GiB",
+    "sweep.trials": "Trials",
+    "sweep.reports": "How often",
+    "sweep.max_concurrent": "Trials at once",
+    "sweep.give_up_after": "Failed trials",
+    "sweep.searcher.startup_trials": "Trials",
+    "sweep.scheduler.grace_period": "Reports",
+    "sweep.scheduler.reduction_factor": "of so many trials",
+    "sweep.scheduler.perturbation_interval": "reports",
+    "sweep.scheduler.quantile_fraction": "share",
+    "sweep.budget.tokens": "Tokens",
+    "sweep.budget.hours": "Hours",
+    "sweep.budget.money": "cost",
+    "sweep.budget.price_per_hour": "per hour",
 }
 
 
