@@ -4,7 +4,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
 
     errors, console, storage, hub      what a user caused; what people see; files anywhere; the Hugging Face hub
     tensorfile                         ranges of the tensors in a safetensors file anywhere
-    section, clusterconfig, config     the config tree
+    section, cluster-/sweepconfig, config  the config tree
     keys, yamlfile, compose, naming    how YAML and key=value become one; names made from it
     deploy/                            the files of a cluster, made from the config
     data/formats, sources, readers     any row of any file to one `Example`
@@ -24,6 +24,8 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     network, nodes (R), doctor/        the interface between nodes; a function on each of them; what is wrong
     check, cluster, preflight (R)      what is tried first, of the config and of the cluster; the Ray it runs on
     metrics, torchgroup, launch (R)    the run as Ray metrics; torch's process group; a config to a finished run
+    sweep/ (R)                         many runs that differ in a few settings: space and journal; searchers and
+                                       schedulers; a trial, as Ray Tune sees it; leaderboard, page, promotion
     demo/, train, compare, cli         the bundled demo; runs side by side; the command lines
 
 A row's way from a file to a gradient: `inputs` finds files and formats; `prepare` reads them with Ray Data, and its
@@ -38,6 +40,10 @@ sees packs whose documents do not see each other (`model/attention`) and makes l
 A model's way from its files to `final/`: `model/build` makes the module; an engine asks `model/weights` for the ranges
 it keeps, and hands out its state as pieces (name, start, values), which `saver` copies and `checkpoint` writes; whoever
 resumes asks the checkpoint's `Reader` for other ranges, and `export` makes of it what peft or transformers load.
+
+A sweep's way: `space` holds every value against the config; `search` suggests, `schedule` decides, and `journal` writes
+both down; an `attempt` is a run whose evaluations wait for the decision. After a crash everything is told again from
+the journal and the runs' own files, so searcher and scheduler need no state of their own.
 
 R marks where Ray is imported.
 """

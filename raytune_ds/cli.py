@@ -19,6 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from raytune_ds import train
 
         return train.main(given[1:])
+    if given[:1] == ["sweep"]:
+        from raytune_ds.sweep import __main__ as sweep
+
+        return sweep.main(given[1:])
     arguments = _parser().parse_args(given)
     return guarded(lambda: arguments.run(arguments) or 0, debug=arguments.debug)
 
@@ -29,6 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = command.add_subparsers(dest="verb", required=True, metavar="VERB")
     verbs.add_parser("train", add_help=False, help="fine-tune a model (also: python -m raytune_ds.train)")
+    verbs.add_parser(
+        "sweep", add_help=False, help="search the settings of a run (also: python -m raytune_ds.sweep)"
+    )
     for name, summary, run, add in (
         ("data", "prepare data and show what will be trained on", _data, _add_data),
         ("chat", "talk to a finished run", _chat, _add_chat),

@@ -50,6 +50,8 @@ def connect(debug: bool) -> str:
     if ray.is_initialized():
         return "the Ray that is running"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Trials of a sweep bring actors that need no CPU, and Ray warns of more processes than CPUs.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     how = {
         "include_dashboard": False,
         "log_to_driver": debug,
@@ -158,6 +160,15 @@ def plan_scale(config: ScalingConfig, global_batch: int) -> Scale:
             room_now += _room(node, use_gpu, config.cpus_per_worker)
             waited_for += 1
     return Scale(wanted, use_gpu, config.cpus_per_worker, waited_for)
+
+
+def room(config: ScalingConfig) -> int:
+    """How many workers the cluster has room for, or will have once it has grown."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = alive + _to_come(alive)
+    has_gpus = any(node.get("GPU", 0) for node in nodes)
+    use_gpu = has_gpus if config.use_gpu == "auto" else config.use_gpu
+    return sum(_room(node, use_gpu, config.cpus_per_worker) for node in nodes)
 
 
 def _to_come(alive: list[dict[str, float]]) -> list[dict[str, float]]:

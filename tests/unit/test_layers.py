@@ -18,9 +18,9 @@ ROOT = Path(raytune_ds.__file__).parent
 
 # From the ground up. A package's own __init__ counts as one module; those of the first line import nothing at all.
 ROOMS = """
-    raytune_ds data model demo
-    errors storage tensorfile console hub section clusterconfig config keys aliases yamlfile problems compose
-    naming confighelp plan command
+    raytune_ds data model demo sweep
+    errors storage tensorfile console hub section clusterconfig sweepconfig config keys aliases yamlfile problems
+    compose naming confighelp plan command
     deploy deploy.instances deploy.layout deploy.kubernetes deploy.render deploy.spot_aws deploy.spot_gcp
     demo.data data.formats data.sources data.readers_lines data.readers_json data.readers data.order data.packing
     data.store data.share data.tokenizer data.inputs
@@ -35,15 +35,19 @@ ROOMS = """
     checkpoint saver tracking modelcard export loop worker generate evaluate
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
     doctor.cluster doctor.report stopping check
-    cluster preflight torchgroup display metrics launch sweep demo.run train compare doctor.verb cli __main__
+    cluster preflight torchgroup display metrics launch
+    sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports sweep.fork sweep.leaderboard sweep.plots
+    sweep.influence sweep.report sweep.course sweep.outcome sweep.attempt sweep.trainable sweep.search sweep.schedule
+    sweep.board sweep.run sweep.promote sweep.__main__
+    demo.run train compare doctor.verb cli __main__
 """.split()
 
 LIGHT = """
-    errors storage console hub section clusterconfig config keys aliases yamlfile problems compose naming confighelp
-    plan command deploy deploy.instances deploy.layout deploy.kubernetes deploy.render demo.data
+    errors storage console hub section clusterconfig sweepconfig config keys aliases yamlfile problems compose naming
+    confighelp plan command deploy deploy.instances deploy.layout deploy.kubernetes deploy.render demo.data
     data.formats data.sources data.readers_lines data.readers_json data.readers data.order
     network doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
-    doctor.report
+    doctor.report sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports
 """.split()
 HEAVY = ("torch", "ray", "transformers")
 
@@ -59,7 +63,12 @@ RESERVED = {
         "torchgroup",
         "metrics",
         "launch",
-        "sweep",
+        "sweep.attempt",
+        "sweep.trainable",
+        "sweep.search",
+        "sweep.schedule",
+        "sweep.board",
+        "sweep.run",
     },
     "botocore": {"deploy.spot_aws"},
     "deepspeed": {"engines.zero"},

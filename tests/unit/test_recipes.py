@@ -23,4 +23,5 @@ def test_recipe_composes_and_carries_its_launch_command(recipe: Path) -> None:
     config = compose([recipe], [])
     assert config.model.name
     header = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
-    assert any(f"raytune_ds.train --config raytune_ds/recipes/{recipe.name}" in line for line in header)
+    verb = "sweep" if config.sweep.space else "train"
+    assert any(f"raytune_ds.{verb} --config raytune_ds/recipes/{recipe.name}" in line for line in header)
