@@ -13,7 +13,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     data/tokenizer, inputs, template   tokenizers; which files a run reads; `Example` to ids and loss weights
     data/scatter, buckets, prepare (R) the Ray Data job: rows, scattered over buckets, packed
     data/share, batch, stream (R)      what a rank reads of a global batch, as `Batch`es, read ahead
-    world, rundir                      the ranks; the run directory
+    world, rundir, lease               the ranks; the run directory; one driver a run
     model/                             tiny models, packed attention and losses, weights by ranges, adapters; build:
                                        the module that is trained, without weights yet
     objectives/, engines/              a batch to a loss sum; gradients to an update, and who holds which part

@@ -179,7 +179,7 @@ def _check_name(config: Config, root: str) -> None:
     """
     name = config.run.name
     run = RunDir(f"{root}/{name}") if name else None
-    there = run is not None and storage.exists(run.path)
+    there = run is not None and not run.is_new
     if there and config.run.resume == "never":
         raise UserError(f"run.name = {name}: {root}/{name} is there already, and run.resume is never.")
     if not there and config.run.resume == "must":

@@ -23,7 +23,7 @@ import torch
 from ray.train import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytune_ds import checkpoint, cluster, storage
+from raytune_ds import checkpoint, cluster, lease, storage
 from raytune_ds.check import Checked, check
 from raytune_ds.compose import dump, replaced
 from raytune_ds.config import Config
@@ -118,7 +118,9 @@ def _launch(checked: Checked, where: str, started: float) -> Result:
     say(f"{scale.num_workers} {'GPU' if scale.use_gpu else 'CPU'} worker(s) on {where}")
     if scale.nodes_to_come:
         say(f"the cluster has to grow by {scale.nodes_to_come} node(s) for them, which takes minutes")
-    return train(assign(checked), scale, started, Display())
+    assignment = assign(checked)
+    with lease.held(assignment.run.driver, f"run.name = {assignment.run.name}"):
+        return train(assignment, scale, started, Display())
 
 
 def train(assignment: Assignment, scale: cluster.Scale, started: float, watcher: Watcher) -> Result:

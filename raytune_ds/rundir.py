@@ -6,6 +6,7 @@ checkpoints/     step-00000120/ ...
 final/           the adapter, or the model
 result.json      how it ended
 ds_config.json   what DeepSpeed was really given, where it was the engine
+driver.json      who runs it, while it runs
 """
 
 from __future__ import annotations
@@ -55,6 +56,16 @@ class RunDir:
     def result(self) -> str:
         """How it ended."""
         return f"{self.path}/result.json"
+
+    @property
+    def driver(self) -> str:
+        """Who runs it."""
+        return f"{self.path}/driver.json"
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there is nothing of it but, perhaps, a driver that has not come far."""
+        return not set(storage.list_names(self.path)) - {"driver.json"}
 
     @property
     def ds_config(self) -> str:

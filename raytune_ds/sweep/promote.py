@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from raytune_ds import checkpoint, cluster
+from raytune_ds import checkpoint, cluster, lease
 from raytune_ds.check import check
 from raytune_ds.compose import replaced
 from raytune_ds.config import Config
@@ -42,7 +42,8 @@ def promote(config: Config, swept: Swept, anew: bool) -> Result:
         assignment = assign(checked, run, _lineage(swept, anew))
         if not anew:
             _begin_with(RunDir(best.run), best.name, assignment)
-        return train(assignment, scale, started, Display())
+        with lease.held(run.driver, f"{swept.sweep.name}, promoted"):
+            return train(assignment, scale, started, Display())
 
 
 def _lineage(swept: Swept, anew: bool) -> str:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 
-from raytune_ds import cluster, storage
+from raytune_ds import cluster, lease, storage
 from raytune_ds.check import Checked, check, vary
 from raytune_ds.compose import differences, dump, load, replaced
 from raytune_ds.config import Config
@@ -109,7 +106,7 @@ def _check_place(config: Config, directory: SweepDir) -> None:
         UserError: it may not.
     """
     name = f"run.name = {directory.name}: {directory.path}"
-    if not set(storage.list_names(directory.path)) - {".lock"}:
+    if not set(storage.list_names(directory.path)) - {"driver.json"}:
         if config.run.resume == "must":
             raise UserError(f"{name} is not there to go on with, and run.resume is must.")
         return
@@ -159,7 +156,7 @@ def _sweep(config: Config, checked: Checked, space: Space, directory: SweepDir, 
             "0, or name data.eval.sources."
         )
     steps = assignment.plan.total_steps
-    with _locked(directory):
+    with lease.held(directory.driver, f"run.name = {directory.name}"):
         journal = _begin(config, directory)
         say(f"sweep: {directory.path}")
         say(
@@ -328,26 +325,3 @@ def _all_failed(trials: list[Trial], directory: SweepDir) -> str:
             f"Their run directories are in {directory.path}/trials. Mend it, and choose another run.name.",
         )
     )
-
-
-@contextlib.contextmanager
-def _locked(directory: SweepDir) -> Iterator[None]:
-    """Keeps a second process from running the same sweep, where the file system tells.
-
-    Raises:
-        UserError: one does already.
-    """
-    if not storage.is_local(directory.path):
-        yield
-        return
-    storage.make_dir(directory.path)
-    with Path(directory.lock).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"run.name = {directory.name}: another process runs this sweep now; wait for it, or stop it."
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield

@@ -39,9 +39,9 @@ class SweepDir:
         return f"{self.path}/journal.jsonl"
 
     @property
-    def lock(self) -> str:
-        """Held by the process that runs the sweep."""
-        return f"{self.path}/.lock"
+    def driver(self) -> str:
+        """Who runs it, while it runs."""
+        return f"{self.path}/driver.json"
 
     @property
     def tune(self) -> str:

@@ -25,7 +25,7 @@ ROOMS = """
     demo.data data.formats data.sources data.readers_lines data.readers_json data.readers data.order data.packing
     data.store data.share data.tokenizer data.inputs
     data.template data.scatter data.buckets data.batch data.stream data.prepare data.show
-    world rundir
+    world rundir lease
     model.tiny model.attention model.packed model.weights model.load model.adapters model.build model.flops
     schedule
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo
