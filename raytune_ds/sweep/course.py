@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from raytune_ds.config import Config
+from raytune_ds.errors import UserError
 from raytune_ds.sweep.journal import Journal
 from raytune_ds.sweep.records import Goal, Report, Status, Trial
 from raytune_ds.sweep.space import Space, Values
@@ -16,6 +17,7 @@ from raytune_ds.sweepconfig import SweepConfig
 STOP, CONTINUE = "STOP", "CONTINUE"
 """Decisions, as Ray Tune writes them."""
 PAUSED = ("PAUSE", "NOOP")
+_BUDGET = "sweep.budget."
 
 
 class TrialHandle(Protocol):
@@ -114,9 +116,20 @@ class Course:
         }
         return number
 
+    def is_new(self, number: int, report: Report, run: str) -> bool:
+        """Whether nothing has been decided at this report yet."""
+        return self._journal.decision(number, report.number, run) is None
+
     def known_decision(self, number: int, report: Report, run: str) -> str | None:
-        """What was decided then, if that was to stop or to go on; pauses follow from who else is there."""
+        """What was decided then, if that was to stop or to go on; pauses follow from who else is there.
+
+        Hyperband compares trials once all of a round have reported: it comes to the same in any order of reports, and
+        can't do without its pauses.
+        """
         decision = self._journal.decision(number, report.number, run)
+        reason = self._journal.trial(number).reason or ""
+        if self.config.scheduler.kind == "hyperband" and not reason.startswith(_BUDGET):
+            return None
         return decision if decision in (STOP, CONTINUE) else None
 
     def report(self, trial: TrialHandle, report: Report, decision: str, result: Mapping[str, Any]) -> None:
@@ -137,7 +150,11 @@ class Course:
         self._listener.ended(self._journal.trial(number))
 
     def _values(self, trial: TrialHandle) -> Values:
-        return self._space.complete(self._base, trial.config["values"])
+        drawn: Values = trial.config["values"]
+        try:
+            return self._space.complete(self._base, drawn)
+        except UserError:
+            return drawn  # a formula that has no value here: the trial will fail with the reason
 
     # -------------------------------------------------------------------------------------- what to do
 
@@ -192,7 +209,7 @@ class Course:
             ("money", budget.money, self.money),
         ):
             if limit is not None and used is not None and used >= limit:
-                return f"sweep.budget.{name} is used up"
+                return f"{_BUDGET}{name} is used up"
         return None
 
     def reason_to_stop(self, report: Report, is_new: bool) -> str | None:

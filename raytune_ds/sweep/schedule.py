@@ -63,6 +63,42 @@ def _median(config: SweepConfig, goal: Goal, space: Space) -> TrialScheduler:
     return Median(**_common(goal), grace_period=config.scheduler.grace_period)
 
 
+class _Population:
+    """Mixed into Ray Tune's schedulers of populations: where the last trial that the others wait for is gone, they go on.
+
+    Ray Tune looks whether all have come only when one of them reports; they would wait for ever.
+    """
+
+    def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
+        """See TrialScheduler."""
+        self._release(tune_controller, trial)
+
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """See TrialScheduler."""
+        self._release(tune_controller, trial)
+
+    def on_trial_remove(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """See TrialScheduler."""
+        self._release(tune_controller, trial)
+
+    def _release(self: Any, tune_controller: Any, gone: TuneTrial) -> None:
+        waiting = [trial for trial in tune_controller.get_live_trials() if trial is not gone]
+        if waiting and all(
+            trial.status == TuneTrial.PAUSED
+            and self._trial_state[trial].last_train_time >= self._next_perturbation_sync
+            for trial in waiting
+        ):
+            self._next_perturbation_sync += self._perturbation_interval
+
+
+class Pbt(_Population, PopulationBasedTraining):
+    """Ray Tune's, which does not wait for those that are gone."""
+
+
+class Pb2(_Population, PB2):
+    """Ray Tune's, which does not wait for those that are gone."""
+
+
 def _pbt(config: SweepConfig, goal: Goal, space: Space) -> TrialScheduler:
     searched = mutable(space, "pbt")
     # A list of choices is walked along; a domain of them would be taken for a range.
@@ -75,7 +111,7 @@ def _pbt(config: SweepConfig, goal: Goal, space: Space) -> TrialScheduler:
             values[key] = min(max(values[key], low), high)
         return config
 
-    return PopulationBasedTraining(
+    return Pbt(
         **_common(goal),
         perturbation_interval=config.scheduler.perturbation_interval,
         quantile_fraction=config.scheduler.quantile_fraction,
@@ -87,7 +123,7 @@ def _pbt(config: SweepConfig, goal: Goal, space: Space) -> TrialScheduler:
 
 
 def _pb2(config: SweepConfig, goal: Goal, space: Space) -> TrialScheduler:
-    return PB2(
+    return Pb2(
         **_common(goal),
         perturbation_interval=config.scheduler.perturbation_interval,
         quantile_fraction=config.scheduler.quantile_fraction,
@@ -145,7 +181,7 @@ class Recorded(TrialScheduler):
             return TrialScheduler.CONTINUE  # of an actor that died since, and began again
         self._told.add(key)
         known = course.known_decision(number, report, result["run"])
-        reason = course.reason_to_stop(report, is_new=known is None)
+        reason = course.reason_to_stop(report, course.is_new(number, report, result["run"]))
         if reason is None:
             with _seeded(f"{course.seed}/{number}/{report.number}"):
                 decision = self._inner.on_trial_result(tune_controller, trial, result)

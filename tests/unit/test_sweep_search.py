@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from bayes_opt import bayesian_optimization
 from ray.tune.search import Searcher
+from threadpoolctl import threadpool_limits
 
 from raytune_ds.config import Config
 from raytune_ds.errors import UserError
@@ -48,10 +49,16 @@ BOTH = Goal(("eval_loss", "seconds"), ("min", "min"))
 
 @pytest.fixture(autouse=True)
 def quiet_and_quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Optuna says of each option that it is new; bayesopt need not find the very best point of its model."""
+    """Optuna says of each option that it is new; bayesopt need not find the best model, nor the best point of it."""
     acq_max = bayesian_optimization.acq_max
-    monkeypatch.setattr(bayesian_optimization, "acq_max", partial(acq_max, n_warmup=300, n_iter=1))
-    with warnings.catch_warnings():
+    monkeypatch.setattr(bayesian_optimization, "acq_max", partial(acq_max, n_warmup=300, n_iter=2))
+    process = bayesian_optimization.GaussianProcessRegressor
+    monkeypatch.setattr(
+        bayesian_optimization,
+        "GaussianProcessRegressor",
+        lambda **options: process(**{**options, "n_restarts_optimizer": 2}),
+    )
+    with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore")
         yield
 
