@@ -6,28 +6,32 @@ an earlier life comes first, from its own files.
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import xxhash
 from ray.train import TrainingFailedError
 
 from raytune_ds import checkpoint, cluster
 from raytune_ds.check import Checked, vary
+from raytune_ds.checkpoint import CheckpointError
 from raytune_ds.compose import replaced
-from raytune_ds.config import Config
+from raytune_ds.config import Config, ScalingConfig
 from raytune_ds.errors import UserError
 from raytune_ds.launch import Result, assign, train
 from raytune_ds.rundir import RunDir
 from raytune_ds.sweep.fork import fork
-from raytune_ds.sweep.records import Report
+from raytune_ds.sweep.records import Report, Trial, trial_name
 from raytune_ds.sweep.reports import Reports
 from raytune_ds.sweep.space import Space, Values
 from raytune_ds.sweep.sweepdir import SweepDir
 from raytune_ds.tracking import Group
+from raytune_ds.sweepconfig import POPULATION
 from raytune_ds.worker import Assignment
 
 END_S = 120.0
@@ -42,16 +46,21 @@ class Origin:
         trial: whose it is.
         run: its run directory.
         step: of the checkpoint.
+        lineage: the checkpoint of another trial that this run began with.
     """
 
     trial: int
     run: str
     step: int
+    lineage: str | None = None
 
-    @property
-    def name(self) -> str:
-        """In the name of a run directory."""
-        return f"{self.trial:04d}-step-{self.step}"
+    def name(self, values: Values) -> str:
+        """In the name of the run directory of a trial that goes on from it with such values."""
+        told = json.dumps(values, sort_keys=True)
+        return f"{trial_name(self.trial)}-step-{self.step}-{xxhash.xxh3_64_hexdigest(told)[:6]}"
+
+    def __str__(self) -> str:
+        return f"trial {trial_name(self.trial)}, step {self.step}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,8 @@ class Attempt:
         number: int,
         values: Values,
         origin: Origin | None,
-        known_error: str | None,
+        ended: Trial | None,
+        scales: Mapping[tuple[ScalingConfig, int], cluster.Scale],
         progress: Callable[[dict[str, Any]], None],
     ) -> None:
         """Nothing happens before the first report is asked for.
@@ -90,16 +100,18 @@ class Attempt:
             number: of the trial.
             values: of the searched keys.
             origin: what it goes on from, if that is not its own.
-            known_error: why it failed when it was run; it is not run again.
+            ended: how it ended, if it has; it is told again, and not run.
+            scales: of the sweep's trials, as they were when it began.
             progress: hears of each step.
         """
         self._base, self._space, self._sweep, self._values = base, space, sweep, values
-        self._origin, self._known_error, self._progress = origin, known_error, progress
+        self._origin, self._ended, self._scales, self._progress = origin, ended, scales, progress
         self._forks = origin is not None and origin.trial != number
         if origin is None:
             self.run = sweep.trial(number)
         else:
-            self.run = sweep.trial(number, origin.name) if self._forks else RunDir(origin.run)
+            self.run = sweep.trial(number, origin.name(values)) if self._forks else RunDir(origin.run)
+        self.lineage = None if origin is None else str(origin) if self._forks else origin.lineage
         self._reports = self._all_reports()
         self._watcher: _Watcher | None = None
 
@@ -117,10 +129,10 @@ class Attempt:
             self._watcher.end()
 
     def _all_reports(self) -> Iterator[Report | Ended]:
-        last: Report | None = None
-        if self._known_error is not None and not checkpoint.steps(self.run.checkpoints):
-            yield Ended(None, self._known_error)
+        if self._ended is not None:
+            yield from self._told_again(self._ended)
             return
+        last: Report | None = None
         try:
             assignment = self._assignment()
             if self._forks and self._origin:
@@ -131,20 +143,29 @@ class Attempt:
             for last in self._known(reports):
                 if last.step < last.total_steps:
                     yield last
-            if self._known_error is not None:
-                yield Ended(last, self._known_error)
-                return
-            scale = cluster.plan_scale(assignment.config.scaling, assignment.config.train.global_batch)
             self._watcher = watcher = _Watcher(reports, self._progress)
+            scale = self._scale(assignment.config)
             for last in watcher.follow(lambda: train(assignment, scale, time.monotonic(), watcher)):
                 if last.step < last.total_steps:
                     yield last
-        except UserError as error:
+        except (UserError, CheckpointError) as error:
             yield Ended(last, str(error))
         except TrainingFailedError as error:
             yield Ended(last, _reason(error))
         else:
             yield Ended(last)
+
+    def _told_again(self, trial: Trial) -> Iterator[Report | Ended]:
+        first = self._origin.step if self._origin else 0
+        for report in trial.reports:
+            if first < report.step < report.total_steps:
+                yield report
+        yield Ended(trial.last, trial.reason if trial.status == "failed" else None)
+
+    def _scale(self, config: Config) -> cluster.Scale:
+        """What the trial asks for. Nodes that are away just now are no reason to fail: Ray Train waits for them."""
+        key = (config.scaling, config.train.global_batch)
+        return self._scales.get(key) or cluster.plan_scale(*key)
 
     def _assignment(self) -> Assignment:
         """What its workers are told.
@@ -154,18 +175,16 @@ class Attempt:
         """
         config = self._space.applied(self._base.config, self._values)
         config = replaced(config, run={"name": f"{self._sweep.name}-{self.run.name}"[-128:].lstrip(".")})
-        assignment = assign(vary(self._base, config), self.run, self._lineage())
+        assignment = assign(vary(self._base, config), self.run, self._lineage_text())
         return replace(
             assignment,
             config=_with_reports(config, assignment.plan.total_steps),
             group=Group(self._sweep.path, self._space.complete(self._base.config, self._values)),
         )
 
-    def _lineage(self) -> str:
+    def _lineage_text(self) -> str:
         text = f"a trial of the sweep {self._sweep.name}: {self.run.name}"
-        if self._forks and self._origin:
-            text += f", begun from trial {self._origin.trial:04d} as it was at step {self._origin.step}"
-        return text
+        return f"{text}, begun from {self.lineage}" if self.lineage else text
 
     def _known(self, reports: Reports) -> Iterator[Report]:
         """What the run reported up to its newest checkpoint, and after the one it was begun from."""
@@ -181,10 +200,19 @@ class Attempt:
                 yield report
 
 
+def report_every(config: Config, total_steps: int) -> int:
+    """Optimizer steps between two reports of a trial."""
+    return config.train.eval_steps or max(1, -(-total_steps // config.sweep.reports))
+
+
 def _with_reports(config: Config, total_steps: int) -> Config:
-    """Evaluates as often as trials report, and has a checkpoint of each report for as long as others may copy it."""
-    every = config.train.eval_steps or max(1, -(-total_steps // config.sweep.reports))
-    keep = max(config.checkpoint.keep, config.sweep.scheduler.perturbation_interval + 1)
+    """Evaluates as often as trials report, and has a checkpoint of each report.
+
+    Of a population all are kept: any of them may be copied, also when it is told again after a crash.
+    """
+    every = report_every(config, total_steps)
+    is_population = config.sweep.scheduler.kind in POPULATION
+    keep = max(config.checkpoint.keep, -(-total_steps // every) if is_population else 0)
     return replaced(config, train={"eval_steps": every}, checkpoint={"every_steps": every, "keep": keep})
 
 
@@ -207,6 +235,7 @@ class _Watcher:
         self._waits = False
         self._report: Report | None = None
         self._asked = 0  # the number of the newest report that was asked about
+        self._is_over = False
 
     def follow(self, run: Callable[[], Result]) -> Iterator[Report]:
         """The reports of a run, which goes on when the next one is asked for.
@@ -228,6 +257,7 @@ class _Watcher:
 
     def end(self) -> None:
         """Ends the run."""
+        self._is_over = True
         if self._thread is None or not self._thread.is_alive():
             return
         self._verdicts.put(False)
@@ -261,6 +291,8 @@ class _Watcher:
             self._progress(content)
 
     def goes_on(self, step: int) -> bool:
+        if self._is_over:
+            return False
         report = self._report
         # The model as it was before training; the end; a step that came again after workers were restarted.
         if (

@@ -12,7 +12,7 @@ from raytune_ds.errors import UserError
 from raytune_ds.sweep.journal import Journal
 from raytune_ds.sweep.records import Goal, Report, Status, Trial
 from raytune_ds.sweep.space import Space, Values
-from raytune_ds.sweepconfig import SweepConfig
+from raytune_ds.sweepconfig import POPULATION, SweepConfig
 
 STOP, CONTINUE = "STOP", "CONTINUE"
 """Decisions, as Ray Tune writes them."""
@@ -107,14 +107,20 @@ class Course:
             self._listener.begins(known)
 
     def name(self, trial: TrialHandle) -> int:
-        """Writes the number of a trial into its config, where its actor finds it; and why it failed, if it did."""
+        """Writes the number of a trial into its config, where its actor finds it; and how it ended, if it has.
+
+        A population's trials are copied from each other: they tell it again from the files of their runs.
+        """
         number = self._numbers[trial.trial_id]
         known = self._journal.find(number)
-        trial.config |= {
-            "trial": number,
-            "error": known.reason if known and known.status == "failed" else None,
-        }
+        ended = known is not None and known.status != "running" and not self.is_population
+        trial.config |= {"trial": number, "ended": known if ended else None}
         return number
+
+    @property
+    def is_population(self) -> bool:
+        """Whether trials go on from copies of each other."""
+        return self.config.scheduler.kind in POPULATION
 
     def is_new(self, number: int, report: Report, run: str) -> bool:
         """Whether nothing has been decided at this report yet."""

@@ -207,19 +207,29 @@ def _begin(config: Config, directory: SweepDir) -> Journal:
     return journal
 
 
-def _concurrency(checked: Checked, space: Space) -> tuple[int, int]:
-    """How many trials run at once, and the most workers that one of them has.
+Scales = dict[tuple[ScalingConfig, int], cluster.Scale]
+
+
+def _scales(checked: Checked, space: Space) -> Scales:
+    """What trials ask for, by what decides it.
 
     Raises:
         UserError: one of the trials could never be placed.
     """
-    scales = []
+    scales: Scales = {}
     for _, values in space.corners():
         config = space.applied(checked.config, values)
-        scales.append((cluster.plan_scale(config.scaling, config.train.global_batch), config.scaling))
-    largest, scaling = max(scales, key=lambda pair: pair[0].num_workers * pair[0].cpus_per_worker)
-    fits = max(1, cluster.room(scaling) // largest.num_workers)
-    wanted = checked.config.sweep.max_concurrent
+        key = (config.scaling, config.train.global_batch)
+        if key not in scales:
+            scales[key] = cluster.plan_scale(*key)
+    return scales
+
+
+def _concurrency(config: Config, scales: Scales) -> tuple[int, int]:
+    """How many trials run at once, and the most workers that one of them has."""
+    largest = max(scales.values(), key=lambda scale: scale.num_workers * scale.cpus_per_worker)
+    fits = max(1, min(scale.room for scale in scales.values()) // largest.num_workers)
+    wanted = config.sweep.max_concurrent
     return (fits if wanted == "auto" else min(fits, wanted)), largest.num_workers
 
 

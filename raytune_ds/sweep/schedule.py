@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import ray
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import (
@@ -21,12 +23,15 @@ from ray.tune.schedulers import (
 )
 from ray.tune.schedulers.pb2 import PB2
 
+from raytune_ds.sweep.attempt import END_S
 from raytune_ds.sweep.course import Course
 from raytune_ds.sweep.records import Goal
 from raytune_ds.sweep.search import domain
 from raytune_ds.sweep.space import Space, label, mutable
 from raytune_ds.sweep.trainable import TIME, report_of
 from raytune_ds.sweepconfig import SweepConfig
+
+_GONE = (TuneTrial.TERMINATED, TuneTrial.ERROR)
 
 Build = Callable[[SweepConfig, Goal, Space], TrialScheduler]
 
@@ -44,8 +49,17 @@ def _asha(config: SweepConfig, goal: Goal, space: Space) -> TrialScheduler:
     )
 
 
+class Hyperband(HyperBandScheduler):
+    """Ray Tune's, which looks at a bracket again when one of its trials is gone, not only in its first round."""
+
+    def _process_bracket(self, tune_controller: Any, bracket: Any) -> str:
+        action = super()._process_bracket(tune_controller, bracket)
+        bracket.is_being_processed = False
+        return str(action)
+
+
 def _hyperband(config: SweepConfig, goal: Goal, space: Space) -> TrialScheduler:
-    return HyperBandScheduler(
+    return Hyperband(
         **_common(goal), max_t=config.reports, reduction_factor=config.scheduler.reduction_factor
     )
 
@@ -58,45 +72,35 @@ class Median(MedianStoppingRule):
         self._stopped_trials.discard(trial)
         return str(super().on_trial_result(tune_controller, trial, result))
 
+    def _on_insufficient_samples(self, tune_controller: Any, trial: TuneTrial, time: float) -> str:
+        # Ray Tune's gives way to trials that have not begun: the leader's workers would be torn down for them.
+        return str(TrialScheduler.CONTINUE)
+
 
 def _median(config: SweepConfig, goal: Goal, space: Space) -> TrialScheduler:
     return Median(**_common(goal), grace_period=config.scheduler.grace_period)
 
 
-class _Population:
-    """Mixed into Ray Tune's schedulers of populations: where the last trial that the others wait for is gone, they go on.
-
-    Ray Tune looks whether all have come only when one of them reports; they would wait for ever.
-    """
-
-    def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
-        """See TrialScheduler."""
-        self._release(tune_controller, trial)
-
-    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
-        """See TrialScheduler."""
-        self._release(tune_controller, trial)
-
-    def on_trial_remove(self, tune_controller: Any, trial: TuneTrial) -> None:
-        """See TrialScheduler."""
-        self._release(tune_controller, trial)
-
-    def _release(self: Any, tune_controller: Any, gone: TuneTrial) -> None:
-        waiting = [trial for trial in tune_controller.get_live_trials() if trial is not gone]
-        if waiting and all(
-            trial.status == TuneTrial.PAUSED
-            and self._trial_state[trial].last_train_time >= self._next_perturbation_sync
-            for trial in waiting
-        ):
-            self._next_perturbation_sync += self._perturbation_interval
-
-
-class Pbt(_Population, PopulationBasedTraining):
+class Pbt(PopulationBasedTraining):
     """Ray Tune's, which does not wait for those that are gone."""
 
+    def release(self, tune_controller: Any, waiting: list[TuneTrial]) -> None:
+        """Those that wait go on; Ray Tune looks whether all have come only when one of them reports."""
+        self._next_perturbation_sync += self._perturbation_interval
 
-class Pb2(_Population, PB2):
+
+class Pb2(PB2):
     """Ray Tune's, which does not wait for those that are gone."""
+
+    release = Pbt.release
+
+
+@runtime_checkable
+class _Waiting(Protocol):
+    """A scheduler whose trials wait for each other."""
+
+    def release(self, tune_controller: Any, waiting: list[TuneTrial]) -> None:
+        """Lets those go on that wait for nobody any more."""
 
 
 def _pbt(config: SweepConfig, goal: Goal, space: Space) -> TrialScheduler:
@@ -183,7 +187,9 @@ class Recorded(TrialScheduler):
         known = course.known_decision(number, report, result["run"])
         reason = course.reason_to_stop(report, course.is_new(number, report, result["run"]))
         if reason is None:
-            with _seeded(f"{course.seed}/{number}/{report.number}"):
+            # The one of a population that comes last changes all of it, whoever it is.
+            who = "all" if course.is_population else number
+            with _seeded(f"{course.seed}/{who}/{report.number}"):
                 decision = self._inner.on_trial_result(tune_controller, trial, result)
             decision = known or decision
             reason = f"by {course.config.scheduler.kind} at report {report.number}"
@@ -224,9 +230,23 @@ class Recorded(TrialScheduler):
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         """A trial's actor died; it may be tried again."""
         self._inner.on_trial_error(tune_controller, trial)
+        # Nobody waits for it; where it is tried again, Ray Tune puts it back.
+        tune_controller.get_live_trials().discard(trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
-        """See TrialScheduler."""
+        """The next one, even where a scheduler waits for trials that are gone: then those that wait go on, or end."""
+        chosen = self._inner.choose_trial_to_run(tune_controller)
+        if chosen is not None:
+            return chosen
+        there = [t for t in tune_controller.get_trials() if t.status not in _GONE]
+        if not there or any(t.status != TuneTrial.PAUSED or t.is_saving for t in there):
+            return None
+        if self._course.is_over:
+            for trial in there:
+                tune_controller.stop_trial(trial)
+            return None
+        if isinstance(self._inner, _Waiting):
+            self._inner.release(tune_controller, there)
         return self._inner.choose_trial_to_run(tune_controller)
 
     def debug_string(self) -> str:
@@ -235,11 +255,18 @@ class Recorded(TrialScheduler):
 
 
 class Endings(tune.Callback):
-    """Hears of trials whose actor died more often than it may."""
+    """Hears of trials whose actor died more often than it may, and waits for those that end in good order."""
 
     def __init__(self, course: Course) -> None:
         """Tells the course."""
         self._course = course
+
+    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """See Callback. Ray Tune itself gives the last actors ten seconds."""
+        actor = trial.temporary_state.ray_actor
+        if actor is not None and trial.status == TuneTrial.RUNNING:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(actor.cleanup.remote(), timeout=END_S)
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """See Callback."""

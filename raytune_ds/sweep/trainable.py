@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
 from ray import tune
 
 from raytune_ds.check import Checked
+from raytune_ds.cluster import Scale
+from raytune_ds.config import ScalingConfig
 from raytune_ds.sweep.attempt import Attempt, Ended, Origin
 from raytune_ds.sweep.records import Report
 from raytune_ds.sweep.space import Space
@@ -29,6 +32,7 @@ class Job:
         sweep: its directory.
         board: an actor that hears of their progress.
         environment: variables of the driver that a trial needs, wherever it runs.
+        scales: what trials ask for, by what decides it.
     """
 
     base: Checked
@@ -36,10 +40,11 @@ class Job:
     sweep: SweepDir
     board: Any
     environment: dict[str, str]
+    scales: Mapping[tuple[ScalingConfig, int], Scale]
 
 
 class TrialActor(tune.Trainable):
-    """Config keys: `trial`, its number; `values`, of the searched keys; `error`, why it failed if it is known to."""
+    """Config keys: `trial`, its number; `values`, of the searched keys; `ended`, how it ended if it has."""
 
     def setup(self, config: dict[str, Any], job: Job | None = None) -> None:
         """A new trial."""
@@ -57,7 +62,7 @@ class TrialActor(tune.Trainable):
         item = self._attempt.next()
         report = item if isinstance(item, Report) else item.report
         self._report = report or self._report
-        result: dict[str, Any] = {"run": self._attempt.run.path, "origin": self._origin_text()}
+        result: dict[str, Any] = {"run": self._attempt.run.path, "origin": self._attempt.lineage}
         if report is not None:
             result |= {TIME: report.number, "content": asdict(report), **report.metrics}
         if isinstance(item, Ended):
@@ -68,12 +73,13 @@ class TrialActor(tune.Trainable):
         """Where the run's own checkpoint of the newest report lies."""
         assert self._attempt is not None
         assert self._report is not None
-        return asdict(Origin(self.config["trial"], self._attempt.run.path, self._report.step))
+        attempt, step = self._attempt, self._report.step
+        return asdict(Origin(self.config["trial"], attempt.run.path, step, attempt.lineage))
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Goes on from a checkpoint, its own or another trial's."""
         assert checkpoint is not None
-        self._origin = Origin(**{name: checkpoint[name] for name in ("trial", "run", "step")})
+        self._origin = Origin(**{field.name: checkpoint[field.name] for field in fields(Origin)})
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Another trial in this process, which has all libraries imported."""
@@ -96,15 +102,10 @@ class TrialActor(tune.Trainable):
             config["trial"],
             config["values"],
             self._origin,
-            config["error"],
+            config["ended"],
+            job.scales,
             partial(job.board.note.remote, config["trial"]),
         )
-
-    def _origin_text(self) -> str | None:
-        origin = self._origin
-        if origin is None or origin.trial == self.config["trial"]:
-            return None
-        return f"trial {origin.trial:04d}, step {origin.step}"
 
 
 def trainable(job: Job, memory: int) -> Any:
