@@ -12,6 +12,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import datetime
 from functools import partial
 from typing import Any, Protocol
@@ -38,12 +39,12 @@ from raytune_ds.preflight import preflight
 from raytune_ds.rundir import RunDir
 from raytune_ds.stopping import stoppable
 from raytune_ds.torchgroup import NodesTorchConfig
-from raytune_ds.worker import Assignment, Outcome, require_same_run, run_worker
+from raytune_ds.worker import Assignment, Orders, Outcome, require_same_run, run_worker
 from raytune_ds.world import World
 
 POLL_S = 0.3
 # `ray job stop` kills after three seconds what has not ended by then.
-ABORT_S = 1.0
+ABORT_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ def launch(config: Config, debug: bool = False) -> Result:
 def _launch(checked: Checked, where: str, started: float) -> Result:
     scale = cluster.plan_scale(checked.config.scaling, checked.config.train.global_batch)
     preflight(checked.root)
-    say(f"{scale.num_workers} {'GPU' if scale.use_gpu else 'CPU'} worker(s) on {where}")
+    say(f"{scale} on {where}")
     if scale.nodes_to_come:
         say(f"the cluster has to grow by {scale.nodes_to_come} node(s) for them, which takes minutes")
     assignment = assign(checked)
@@ -152,16 +153,16 @@ def train(assignment: Assignment, scale: cluster.Scale, started: float, watcher:
 
     mailbox = _mailbox(assignment.run.name)
     trainer = _trainer(assignment, scale, mailbox, watcher.judges)
+    fitting = _Fitting(trainer, mailbox, restarts, watcher)
     try:
         watcher.begins(trainer.stop)
-        outcome = _fit(trainer, mailbox, restarts, watcher)
+        outcome = fitting.wait()
     except KeyboardInterrupt:
-        # Who stops a job kills it soon: what is worth most comes first.
+        fitting.stop(assignment.config.scaling.stop_grace_s)
         progress = _newest_progress(assignment.run)
         write("stopped", Outcome(progress=progress))
         after = f"after the checkpoint of step {progress['step']}" if progress else "from its beginning"
         warn(f"the run was stopped; {resume} {after}")
-        trainer.stop()
         raise
     except TrainingFailedError as error:
         if isinstance(mistake := getattr(error, "controller_failure", None), UserError):
@@ -196,7 +197,7 @@ def _write_result(
         run=assignment.run.path,
         progress=outcome.progress or {},
         wall_time_s=round(time.monotonic() - started, 2),
-        num_workers=scale.num_workers,
+        num_workers=outcome.num_workers or scale.num_workers,
         engine=outcome.engine,
         trainable_parameters=outcome.trainable,
         peak_memory_mib=tuple(round(m, 1) for m in outcome.peak_memory_mib),
@@ -274,6 +275,7 @@ class Mailbox:
         self._metrics = RunMetrics(run)
         self._verdicts: dict[int, asyncio.Future[bool]] = {}
         self._ended = False
+        self._stop = asyncio.Event()
 
     def put(self, kind: str, content: dict[str, Any]) -> None:
         """One more event."""
@@ -295,6 +297,14 @@ class Mailbox:
         self._ended |= not goes_on
         if not (future := self._verdict(step)).done():
             future.set_result(goes_on)
+
+    async def stop(self) -> None:
+        """The run is to stop, at the next step."""
+        self._stop.set()
+
+    async def stopped(self) -> None:
+        """Comes back once it is."""
+        await self._stop.wait()
 
     def _verdict(self, step: int) -> asyncio.Future[bool]:
         future = self._verdicts.setdefault(step, asyncio.get_running_loop().create_future())
@@ -346,7 +356,8 @@ def _trainer(assignment: Assignment, scale: cluster.Scale, mailbox: Any, is_judg
         partial(_worker_main, assignment=assignment, mailbox=mailbox, is_judged=is_judged),
         torch_config=NodesTorchConfig(model=assignment.model, revision=assignment.base.revision),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scale.num_workers,
+            num_workers=(scale.fewest, scale.num_workers) if scale.fewest else scale.num_workers,
+            elastic_resize_monitor_interval_s=assignment.config.scaling.resize_interval_s,
             use_gpu=scale.use_gpu,
             resources_per_worker={"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.use_gpu else {})},
         ),
@@ -354,21 +365,51 @@ def _trainer(assignment: Assignment, scale: cluster.Scale, mailbox: Any, is_judg
             # A name of its own each time: where the run stands is read from its checkpoints, not from Ray's notes.
             name=datetime.now().strftime("%Y%m%d-%H%M%S-%f"),
             storage_path=f"{assignment.run.path}/.ray",
-            failure_config=ray.train.FailureConfig(max_failures=assignment.config.scaling.max_failures),
+            failure_config=ray.train.FailureConfig(
+                max_failures=assignment.config.scaling.max_failures,
+                max_preemption_failures=assignment.config.scaling.max_preemptions,
+            ),
             callbacks=[RestartReporter(mailbox)],
         ),
     )
 
 
-def _fit(trainer: Trainer, mailbox: Any, restarts: list[str], watcher: Watcher) -> Outcome:
-    """The run, shown as it goes; why workers died is added to `restarts`."""
-    try:
-        with watcher, _Following(mailbox, watcher, restarts):
-            result = trainer.fit()
-    finally:
-        mailbox.__ray_terminate__.remote()  # its metrics go out once more, and end with it
-    assert isinstance(result.return_value, Outcome)
-    return result.return_value
+class _Fitting:
+    """The run in a thread, shown as it goes, so that a signal can ask it to end in good order."""
+
+    def __init__(self, trainer: Trainer, mailbox: Any, restarts: list[str], watcher: Watcher) -> None:
+        """Why workers died is added to `restarts`."""
+        self._trainer, self._mailbox, self._restarts, self._watcher = trainer, mailbox, restarts, watcher
+        self._ended: Future[Outcome] = Future()
+        threading.Thread(target=self._fit, daemon=True).start()
+
+    def wait(self) -> Outcome:
+        """How it ended.
+
+        Raises:
+            TrainingFailedError: see launch.
+        """
+        return self._ended.result()
+
+    def stop(self, grace_s: float) -> None:
+        """Ends it with a checkpoint of its newest step if that is there in time, and otherwise all the same."""
+        self._mailbox.stop.remote()
+        with contextlib.suppress(TimeoutError, TrainingFailedError, ray.exceptions.RayError):
+            self._ended.result(grace_s)
+            return
+        self._trainer.stop()
+
+    def _fit(self) -> None:
+        try:
+            with self._watcher, _Following(self._mailbox, self._watcher, self._restarts):
+                outcome = self._trainer.fit().return_value
+        except BaseException as error:
+            self._ended.set_exception(error)
+        else:
+            assert isinstance(outcome, Outcome)
+            self._ended.set_result(outcome)
+        finally:
+            self._mailbox.__ray_terminate__.remote()  # its metrics go out once more, and end with it
 
 
 def _worker_main(assignment: Assignment, mailbox: Any, is_judged: bool) -> Outcome:
@@ -388,7 +429,25 @@ def _worker_main(assignment: Assignment, mailbox: Any, is_judged: bool) -> Outco
     def judge(step: int) -> bool:
         return bool(ray.get(mailbox.verdict.remote(step)))
 
-    return run_worker(assignment, world, _open_stream, report, judge if is_judged else None)
+    stopped = mailbox.stopped.remote() if world.is_main else None
+    known: set[str] = set()
+
+    def stop_asked() -> bool:
+        if stopped is None or not ray.wait([stopped], timeout=0)[0]:
+            return False
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(stopped)
+            return True
+        return False  # the driver is gone
+
+    def is_leaving() -> bool:
+        info = ray.train.get_preemption_info()
+        nodes = set(info.preempted_node_ids) - known if info is not None else set()
+        known.update(nodes)
+        return bool(nodes)
+
+    orders = Orders(judge if is_judged else None, stop_asked, is_leaving)
+    return run_worker(assignment, world, _open_stream, report, orders)
 
 
 def _open_stream(store: Any, share: Any, steps: range) -> Any:

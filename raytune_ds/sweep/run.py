@@ -216,9 +216,9 @@ def _concurrency(checked: Checked, space: Space) -> tuple[int, int]:
     scales = []
     for _, values in space.corners():
         config = space.applied(checked.config, values)
-        scales.append((cluster.plan_scale(config.scaling, config.train.global_batch), config.scaling))
-    largest, scaling = max(scales, key=lambda pair: pair[0].num_workers * pair[0].cpus_per_worker)
-    fits = max(1, cluster.room(scaling) // largest.num_workers)
+        scales.append(cluster.plan_scale(config.scaling, config.train.global_batch))
+    largest = max(scales, key=lambda scale: scale.num_workers * scale.cpus_per_worker)
+    fits = max(1, largest.room // largest.num_workers)
     wanted = checked.config.sweep.max_concurrent
     return (fits if wanted == "auto" else min(fits, wanted)), largest.num_workers
 

@@ -64,7 +64,7 @@ def _median(config: SweepConfig, goal: Goal, space: Space) -> TrialScheduler:
 
 
 class _Population:
-    """Mixed into Ray Tune's schedulers of populations: where the last trial that the others wait for is gone, they go on.
+    """Mixed into Ray Tune's schedulers of populations: where the last trial that others wait for is gone, they go on.
 
     Ray Tune looks whether all have come only when one of them reports; they would wait for ever.
     """
