@@ -83,10 +83,10 @@ def vary(base: Checked, config: Config) -> Checked:
     """
     same_data = config.data == base.config.data
     same_model = same_data and (config.model, config.run.seed) == (base.config.model, base.config.run.seed)
-    same_engine = (config.engine, config.train) == (base.config.engine, base.config.train)
     inputs = base.inputs if same_data else Inputs.find(config.data)
     model = base.model if same_model else _located(config, inputs, base.root)
-    report = adapters.report(skeleton(model), config.adapter)
+    same_adapter = same_model and config.adapter == base.config.adapter
+    report = base.report if same_adapter else adapters.report(skeleton(model), config.adapter)
     weights = base.base if same_model else Base(*_identity(model), report.total, report.trainable)
     return Checked(
         config=config,
@@ -98,8 +98,21 @@ def vary(base: Checked, config: Config) -> Checked:
         else TokenizerSpec.of(model.name, config.data.chat_template, model.trust_remote_code),
         report=report,
         base=replace(weights, total=report.total, trainable=report.trainable),
-        ds_config=base.ds_config if same_engine else _check_engine(config),
+        ds_config=_vary_engine(base, config),
     )
+
+
+def _vary_engine(base: Checked, config: Config) -> dict[str, Any] | None:
+    """The user's own DeepSpeed config; its file is read on the driver alone, where it lies.
+
+    Raises:
+        UserError: it contradicts ours.
+    """
+    if config.engine != base.config.engine:
+        return _check_engine(config)
+    if config.engine.asks_for_zero:
+        dsconfig.check(base.ds_config, config.train, config.engine, dtype=config.model.dtype)
+    return base.ds_config
 
 
 def _check_storage(config: Config) -> str:

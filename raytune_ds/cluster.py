@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -32,17 +32,30 @@ class Scale:
     """The workers of a run and what each of them gets.
 
     Attributes:
+        num_workers: the most there can be.
         nodes_to_come: that the autoscaler has to add for them.
+        fewest: that the run goes on with when nodes go; None if their number does not change.
+        room: workers of this kind that the cluster has room for, or will have once it has grown.
     """
 
     num_workers: int
     use_gpu: bool
     cpus_per_worker: int
     nodes_to_come: int = 0
+    fewest: int | None = None
+    room: int = field(default=0, compare=False)
+
+    def __str__(self) -> str:
+        number = str(self.num_workers) if self.fewest is None else f"{self.fewest} to {self.num_workers}"
+        return f"{number} {'GPU' if self.use_gpu else 'CPU'} worker(s)"
 
 
-def connect(debug: bool) -> str:
+def connect(debug: bool, dashboard: bool = False) -> str:
     """Joins the cluster that RAY_ADDRESS or the last `ray start` here names, or starts an embedded Ray; says which.
+
+    Args:
+        debug: show what Ray says, too.
+        dashboard: an embedded Ray has its dashboard.
 
     Raises:
         UserError: RAY_ADDRESS names a cluster that does not answer, or the cluster refuses this user's token.
@@ -53,7 +66,7 @@ def connect(debug: bool) -> str:
     # Trials of a sweep bring actors that need no CPU, and Ray warns of more processes than CPUs.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     how = {
-        "include_dashboard": False,
+        "include_dashboard": dashboard,
         "log_to_driver": debug,
         "logging_level": logging.INFO if debug else logging.CRITICAL,
     }
@@ -140,14 +153,14 @@ def plan_scale(config: ScalingConfig, global_batch: int) -> Scale:
             "Add nodes that have, or set scaling.use_gpu=auto to train on CPUs where there is no GPU."
         )
     room = sum(_room(node, use_gpu, config.cpus_per_worker) for node in nodes)
-    if config.num_workers == "auto":
-        wanted = min(room, global_batch) if use_gpu else min(room, global_batch, AUTO_CPU_WORKERS)
+    if config.bounds is not None:
+        fewest, wanted = config.bounds
     else:
-        wanted = config.num_workers
-    if room < max(1, wanted):
+        fewest = wanted = min(room, global_batch, *([] if use_gpu else [AUTO_CPU_WORKERS]))
+    if room < max(1, fewest):
         each = f"{config.cpus_per_worker} CPU" + (" and a GPU" if use_gpu else "")
         raise UserError(
-            f"scaling.num_workers = {config.num_workers}: the cluster has room for {room} with {each} each: "
+            f"scaling.num_workers = {_shown(config.num_workers)}: the cluster has room for {room} with {each} each: "
             f"{there}.\n"
             "Ask for fewer workers, lower scaling.cpus_per_worker"
             + (", set scaling.use_gpu=false" if use_gpu else "")
@@ -159,16 +172,12 @@ def plan_scale(config: ScalingConfig, global_batch: int) -> Scale:
         if room_now < wanted:
             room_now += _room(node, use_gpu, config.cpus_per_worker)
             waited_for += 1
-    return Scale(wanted, use_gpu, config.cpus_per_worker, waited_for)
+    elastic = fewest if fewest < wanted else None
+    return Scale(wanted, use_gpu, config.cpus_per_worker, waited_for, elastic, room)
 
 
-def room(config: ScalingConfig) -> int:
-    """How many workers the cluster has room for, or will have once it has grown."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = alive + _to_come(alive)
-    has_gpus = any(node.get("GPU", 0) for node in nodes)
-    use_gpu = has_gpus if config.use_gpu == "auto" else config.use_gpu
-    return sum(_room(node, use_gpu, config.cpus_per_worker) for node in nodes)
+def _shown(num_workers: object) -> object:
+    return list(num_workers) if isinstance(num_workers, tuple) else num_workers
 
 
 def _to_come(alive: list[dict[str, float]]) -> list[dict[str, float]]:

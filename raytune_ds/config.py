@@ -450,10 +450,17 @@ class EngineConfig(Section):
 class ScalingConfig(Section):
     """How many workers there are and what each of them gets."""
 
-    num_workers: Count | Literal["auto"] = Field(
+    num_workers: Count | tuple[Count, Count] | Literal["auto"] = Field(
         default="auto",
         description="Worker processes, one GPU each where GPUs are used. auto: one for each GPU of the "
-        "cluster; without GPUs two, if there is room.",
+        "cluster; without GPUs two, if there is room. [fewest, most]: as many of these as the cluster has room for, "
+        "fewer when nodes go and more when they come; the result is the same.",
+    )
+    resize_interval_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds between two looks for nodes that have come, where scaling.num_workers is [fewest, most]. "
+        "60: growing costs a restart from the newest checkpoint, which nobody wants more often.",
     )
     use_gpu: bool | Literal["auto"] = Field(
         default="auto",
@@ -471,6 +478,32 @@ class ScalingConfig(Section):
         description="Restarts of the worker group after a worker died, before the run gives up; -1: no "
         "limit. 3 outlives lost nodes and still ends when the program itself is at fault.",
     )
+    max_preemptions: int = Field(
+        default=-1,
+        ge=-1,
+        description="Restarts after nodes that gave notice and went, which count apart; -1: no limit, for a spot "
+        "machine that goes is nobody's fault.",
+    )
+    stop_grace_s: float = Field(
+        default=2.0,
+        ge=0,
+        description="Seconds that a run which is asked to stop (Ctrl-C, SIGTERM, `ray job stop`) has for a checkpoint "
+        "of its newest step. 2: Ray kills a job after three (RAY_JOB_STOP_WAIT_TIME_S raises it).",
+    )
+
+    @field_validator("num_workers")
+    @classmethod
+    def _fewest_come_first(cls, num_workers: Any) -> Any:
+        if isinstance(num_workers, tuple) and num_workers[0] > num_workers[1]:
+            raise ValueError(f"runs from {num_workers[0]} to {num_workers[1]}; write the fewest first")
+        return num_workers
+
+    @property
+    def bounds(self) -> tuple[int, int] | None:
+        """The fewest and the most workers; None where the cluster decides."""
+        if self.num_workers == "auto":
+            return None
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers,) * 2
 
 
 class CheckpointConfig(Section):
@@ -547,11 +580,7 @@ class Config(Section):
     @classmethod
     def _every_rank_has_a_slot(cls, scaling: ScalingConfig, info: ValidationInfo) -> ScalingConfig:
         train = info.data.get("train")
-        if (
-            train is not None
-            and isinstance(scaling.num_workers, int)
-            and scaling.num_workers > train.global_batch
-        ):
+        if train is not None and scaling.bounds is not None and scaling.bounds[1] > train.global_batch:
             raise about(
                 "num_workers",
                 f"each worker needs at least one pack of the global batch, which has {train.global_batch}; "

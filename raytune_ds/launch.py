@@ -12,6 +12,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import datetime
 from functools import partial
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train import TrainingFailedError
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_ds import checkpoint, cluster, lease, storage
@@ -38,12 +40,12 @@ from raytune_ds.preflight import preflight
 from raytune_ds.rundir import RunDir
 from raytune_ds.stopping import stoppable
 from raytune_ds.torchgroup import NodesTorchConfig
-from raytune_ds.worker import Assignment, Outcome, require_same_run, run_worker
+from raytune_ds.worker import Assignment, Orders, Outcome, require_same_run, run_worker
 from raytune_ds.world import World
 
 POLL_S = 0.3
 # `ray job stop` kills after three seconds what has not ended by then.
-ABORT_S = 1.0
+ABORT_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ def launch(config: Config, debug: bool = False) -> Result:
 def _launch(checked: Checked, where: str, started: float) -> Result:
     scale = cluster.plan_scale(checked.config.scaling, checked.config.train.global_batch)
     preflight(checked.root)
-    say(f"{scale.num_workers} {'GPU' if scale.use_gpu else 'CPU'} worker(s) on {where}")
+    say(f"{scale} on {where}")
     if scale.nodes_to_come:
         say(f"the cluster has to grow by {scale.nodes_to_come} node(s) for them, which takes minutes")
     assignment = assign(checked)
@@ -152,16 +154,16 @@ def train(assignment: Assignment, scale: cluster.Scale, started: float, watcher:
 
     mailbox = _mailbox(assignment.run.name)
     trainer = _trainer(assignment, scale, mailbox, watcher.judges)
+    fitting = _Fitting(trainer, mailbox, restarts, watcher)
     try:
         watcher.begins(trainer.stop)
-        outcome = _fit(trainer, mailbox, restarts, watcher)
+        outcome = fitting.wait()
     except KeyboardInterrupt:
-        # Who stops a job kills it soon: what is worth most comes first.
+        fitting.stop(assignment.config.scaling.stop_grace_s)
         progress = _newest_progress(assignment.run)
         write("stopped", Outcome(progress=progress))
         after = f"after the checkpoint of step {progress['step']}" if progress else "from its beginning"
         warn(f"the run was stopped; {resume} {after}")
-        trainer.stop()
         raise
     except TrainingFailedError as error:
         if isinstance(mistake := getattr(error, "controller_failure", None), UserError):
@@ -196,7 +198,7 @@ def _write_result(
         run=assignment.run.path,
         progress=outcome.progress or {},
         wall_time_s=round(time.monotonic() - started, 2),
-        num_workers=scale.num_workers,
+        num_workers=outcome.num_workers or scale.num_workers,
         engine=outcome.engine,
         trainable_parameters=outcome.trainable,
         peak_memory_mib=tuple(round(m, 1) for m in outcome.peak_memory_mib),
@@ -274,6 +276,8 @@ class Mailbox:
         self._metrics = RunMetrics(run)
         self._verdicts: dict[int, asyncio.Future[bool]] = {}
         self._ended = False
+        self._controller: Any = None
+        self._stop = asyncio.Event()
 
     def put(self, kind: str, content: dict[str, Any]) -> None:
         """One more event."""
@@ -286,6 +290,14 @@ class Mailbox:
         events, self._events = self._events, []
         return events
 
+    def controlled_by(self, controller: Any) -> None:
+        """Which actor controls the run."""
+        self._controller = controller
+
+    def controller(self) -> Any:
+        """That actor; None while there is none."""
+        return self._controller
+
     async def verdict(self, step: int) -> bool:
         """Whether to train on after a step: for the workers, who wait for it."""
         return await self._verdict(step)
@@ -293,8 +305,17 @@ class Mailbox:
     async def judge(self, step: int, goes_on: bool) -> None:
         """The verdict. An end is one for good, should workers have been restarted meanwhile."""
         self._ended |= not goes_on
-        if not (future := self._verdict(step)).done():
-            future.set_result(goes_on)
+        for asked, future in {**self._verdicts, step: self._verdict(step)}.items():
+            if (asked == step or self._ended) and not future.done():
+                future.set_result(goes_on)
+
+    async def stop(self) -> None:
+        """The run is to stop, at the next step."""
+        self._stop.set()
+
+    async def stopped(self) -> None:
+        """Comes back once it is."""
+        await self._stop.wait()
 
     def _verdict(self, step: int) -> asyncio.Future[bool]:
         future = self._verdicts.setdefault(step, asyncio.get_running_loop().create_future())
@@ -317,22 +338,35 @@ class RestartReporter(ray.train.UserCallback):
         self._mailbox.put.remote("restart", {"text": f"worker {ranks} died: {reason}", "rank": rank})
 
 
+class ControllerReporter(ControllerCallback):
+    """Tells the mailbox which actor controls the run; Ray Train itself tells nobody, least of all in a thread."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Called by Ray Train's controller as it begins."""
+        self._mailbox.controlled_by.remote(ray.get_runtime_context().current_actor)
+
+
 class Trainer(ray.train.torch.TorchTrainer):
     """A TorchTrainer that leaves signals to us: Ray's own answer to Ctrl-C ends the process as if all were well."""
 
-    _controller: Any = None
+    mailbox: Any = None
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        self._controller = controller
+        """Nothing."""
 
     def stop(self) -> None:
         """Ends the workers, whatever they are at; what they had not written yet is lost."""
-        if self._controller is None:
-            return
         with contextlib.suppress(ray.exceptions.RayError):
-            # An actor that has ended cannot answer: the error is the sign of success.
-            ray.get(self._controller.abort.remote(), timeout=ABORT_S)
-        ray.kill(self._controller)
+            controller = ray.get(self.mailbox.controller.remote(), timeout=ABORT_S)
+            if controller is None:
+                return
+            with contextlib.suppress(ray.exceptions.RayError):
+                # An actor that has ended cannot answer: the error is the sign of success.
+                ray.get(controller.abort.remote(), timeout=ABORT_S)
+            ray.kill(controller)
 
 
 def _mailbox(run: str) -> Any:
@@ -342,11 +376,12 @@ def _mailbox(run: str) -> Any:
 
 
 def _trainer(assignment: Assignment, scale: cluster.Scale, mailbox: Any, is_judged: bool) -> Trainer:
-    return Trainer(
+    trainer = Trainer(
         partial(_worker_main, assignment=assignment, mailbox=mailbox, is_judged=is_judged),
         torch_config=NodesTorchConfig(model=assignment.model, revision=assignment.base.revision),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scale.num_workers,
+            num_workers=(scale.fewest, scale.num_workers) if scale.fewest else scale.num_workers,
+            elastic_resize_monitor_interval_s=assignment.config.scaling.resize_interval_s,
             use_gpu=scale.use_gpu,
             resources_per_worker={"CPU": scale.cpus_per_worker, **({"GPU": 1} if scale.use_gpu else {})},
         ),
@@ -354,21 +389,53 @@ def _trainer(assignment: Assignment, scale: cluster.Scale, mailbox: Any, is_judg
             # A name of its own each time: where the run stands is read from its checkpoints, not from Ray's notes.
             name=datetime.now().strftime("%Y%m%d-%H%M%S-%f"),
             storage_path=f"{assignment.run.path}/.ray",
-            failure_config=ray.train.FailureConfig(max_failures=assignment.config.scaling.max_failures),
-            callbacks=[RestartReporter(mailbox)],
+            failure_config=ray.train.FailureConfig(
+                max_failures=assignment.config.scaling.max_failures,
+                max_preemption_failures=assignment.config.scaling.max_preemptions,
+            ),
+            callbacks=[RestartReporter(mailbox), ControllerReporter(mailbox)],
         ),
     )
+    trainer.mailbox = mailbox
+    return trainer
 
 
-def _fit(trainer: Trainer, mailbox: Any, restarts: list[str], watcher: Watcher) -> Outcome:
-    """The run, shown as it goes; why workers died is added to `restarts`."""
-    try:
-        with watcher, _Following(mailbox, watcher, restarts):
-            result = trainer.fit()
-    finally:
-        mailbox.__ray_terminate__.remote()  # its metrics go out once more, and end with it
-    assert isinstance(result.return_value, Outcome)
-    return result.return_value
+class _Fitting:
+    """The run in a thread, shown as it goes, so that a signal can ask it to end in good order."""
+
+    def __init__(self, trainer: Trainer, mailbox: Any, restarts: list[str], watcher: Watcher) -> None:
+        """Why workers died is added to `restarts`."""
+        self._trainer, self._mailbox, self._restarts, self._watcher = trainer, mailbox, restarts, watcher
+        self._ended: Future[Outcome] = Future()
+        threading.Thread(target=self._fit, daemon=True).start()
+
+    def wait(self) -> Outcome:
+        """How it ended.
+
+        Raises:
+            TrainingFailedError: see launch.
+        """
+        return self._ended.result()
+
+    def stop(self, grace_s: float) -> None:
+        """Ends it with a checkpoint of its newest step if that is there in time, and otherwise all the same."""
+        self._mailbox.stop.remote()
+        with contextlib.suppress(TimeoutError, TrainingFailedError, ray.exceptions.RayError):
+            self._ended.result(grace_s)
+            return
+        self._trainer.stop()
+
+    def _fit(self) -> None:
+        try:
+            with self._watcher, _Following(self._mailbox, self._watcher, self._restarts):
+                outcome = self._trainer.fit().return_value
+        except BaseException as error:
+            self._ended.set_exception(error)
+        else:
+            assert isinstance(outcome, Outcome)
+            self._ended.set_result(outcome)
+        finally:
+            self._mailbox.__ray_terminate__.remote()  # its metrics go out once more, and end with it
 
 
 def _worker_main(assignment: Assignment, mailbox: Any, is_judged: bool) -> Outcome:
@@ -388,7 +455,25 @@ def _worker_main(assignment: Assignment, mailbox: Any, is_judged: bool) -> Outco
     def judge(step: int) -> bool:
         return bool(ray.get(mailbox.verdict.remote(step)))
 
-    return run_worker(assignment, world, _open_stream, report, judge if is_judged else None)
+    stopped = mailbox.stopped.remote() if world.is_main else None
+    known: set[str] = set()
+
+    def stop_asked() -> bool:
+        if stopped is None or not ray.wait([stopped], timeout=0)[0]:
+            return False
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(stopped)
+            return True
+        return False  # the driver is gone
+
+    def is_leaving() -> bool:
+        info = ray.train.get_preemption_info()
+        nodes = set(info.preempted_node_ids) - known if info is not None else set()
+        known.update(nodes)
+        return bool(nodes)
+
+    orders = Orders(judge if is_judged else None, stop_asked, is_leaving)
+    return run_worker(assignment, world, _open_stream, report, orders)
 
 
 def _open_stream(store: Any, share: Any, steps: range) -> Any:
@@ -416,16 +501,27 @@ class _Following:
             stopping = self._stop.wait(POLL_S)
             try:
                 events = ray.get(self._mailbox.take.remote(), timeout=30)
+            except ray.exceptions.GetTimeoutError:
+                continue
             except ray.exceptions.RayError as error:
                 warn(f"the progress of the run can't be shown any more: {error}")
                 return
-            for kind, content in events:
-                if kind == "restart":
-                    self._restarts.append(content["text"])
-                self._watcher.show(kind, content)
-                if kind == "eval" and self._watcher.judges:
-                    step = content["step"]
-                    self._mailbox.judge.remote(step, self._watcher.goes_on(step))
+            try:
+                self._tell(events)
+            except Exception as error:  # whoever waits for a verdict must not wait for ever
+                warn(f"the run ends, for what it reported could not be dealt with: {error!r}")
+                self._mailbox.judge.remote(0, goes_on=False)
+                self._mailbox.stop.remote()
+                return
+
+    def _tell(self, events: list[tuple[str, dict[str, Any]]]) -> None:
+        for kind, content in events:
+            if kind == "restart":
+                self._restarts.append(content["text"])
+            self._watcher.show(kind, content)
+            if kind == "eval" and self._watcher.judges:
+                step = content["step"]
+                self._mailbox.judge.remote(step, self._watcher.goes_on(step))
 
 
 def _say_end(result: Result) -> None:

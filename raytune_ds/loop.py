@@ -67,11 +67,15 @@ class Hooks:
         checkpoint: saves the state as it is, and returns the seconds that training stood still for it; all ranks
             call it together.
         goes_on: whether to train on after an evaluation; the same on all ranks, which call it together.
+        wishes: whether this rank wants all to look for a node that is about to go, and whether it wants the end.
+        is_leaving: whether one is; all ranks call it together, after one of them wished it.
     """
 
     log: Callable[[Row], None]
     checkpoint: Callable[[Progress], float]
     goes_on: Callable[[int], bool] = lambda step: True
+    wishes: Callable[[], tuple[bool, bool]] = lambda: (False, False)
+    is_leaving: Callable[[], bool] = lambda: False
 
 
 @dataclass
@@ -103,7 +107,7 @@ def train(
     hooks: Hooks,
     progress: Progress,
 ) -> Progress:
-    """Trains from `progress.step` to the end, or to the evaluation after which `hooks.goes_on` says no.
+    """Trains from `progress.step` to the end, or to the step after which `hooks` want no more.
 
     Args:
         config: of the run.
@@ -142,7 +146,8 @@ def train(
         data_wait = time.perf_counter() - started
         lr = config.train.learning_rate * multiplier(progress.step)
         seed_step(config.run.seed, progress.step, world.rank)
-        row = optimizer_step(engine, objective, micro_batches, world, lr)
+        row = optimizer_step(engine, objective, micro_batches, world, lr, hooks.wishes())
+        looks, stops = row.pop("wishes")
 
         progress.step += 1
         seconds = time.perf_counter() - started
@@ -157,17 +162,24 @@ def train(
             evaluate()
         is_best = progress.eval_step == progress.step and progress.last_eval_loss == progress.best_eval_loss
         saved = plan.saves(progress.step) or (is_best and plan.checkpoint_best)
+        saved = (looks and hooks.is_leaving()) or saved
         if saved:
             save()
         if plan.evaluates(progress.step) and progress.step < plan.total_steps:
             goes_on = hooks.goes_on(progress.step)
+        goes_on = goes_on and not stops
         if not (goes_on or saved):
             save()
     return progress
 
 
 def optimizer_step(
-    engine: Engine, objective: Objective, micro_batches: list[Batch], world: World, lr: float
+    engine: Engine,
+    objective: Objective,
+    micro_batches: list[Batch],
+    world: World,
+    lr: float,
+    wishes: tuple[bool, bool] = (False, False),
 ) -> Row:
     """One update from the micro-batches of all ranks.
 
@@ -183,7 +195,8 @@ def optimizer_step(
         engine.backward(loss / global_weight)
         loss_sum += loss.detach()
     result = engine.step(lr)
-    (global_loss,) = world.sum(loss_sum)
+    # What a rank wishes travels with the loss: all of them hear of it at the same step, at no cost.
+    global_loss, looks, stops = world.sum(loss_sum, *wishes)
     return {
         "loss": global_loss / global_weight,
         "weight": global_weight,
@@ -191,6 +204,7 @@ def optimizer_step(
         "lr": lr,
         "grad_norm": result.grad_norm,
         "skipped": result.skipped,
+        "wishes": (looks > 0, stops > 0),
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import resource
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -47,6 +48,22 @@ Report = Callable[[str, dict[str, Any]], None]
 Judge = Callable[[int], bool]
 """Whether to train on after the evaluation at some step; asked on rank 0 once its checkpoint is written."""
 
+
+@dataclass(frozen=True)
+class Orders:
+    """What others want of the workers while they train.
+
+    Attributes:
+        judge: if evaluations are judged.
+        stop_asked: whether the run is to stop, at the next step and with a checkpoint; asked on rank 0.
+        is_leaving: whether a node is about to go that was not before; all ranks call it together.
+    """
+
+    judge: Judge | None = None
+    stop_asked: Callable[[], bool] = lambda: False
+    is_leaving: Callable[[], bool] = lambda: False
+
+
 OpenStream = Callable[[Store, Share, range], Iterator[list[Batch]]]
 """How the batches of some steps come to this worker."""
 
@@ -55,6 +72,8 @@ AUTO_MICRO_BATCH_TOKENS = 8192
 EVAL_BATCH = 16
 # A checkpoint that training stands still for longer is worth a line.
 LONG_WAIT_S = 5.0
+# Nodes are given notice of half a minute and more.
+LOOK_EVERY_S = 5.0
 _WEIGHTS_CHANGED = (
     "\n(model.weights: the files of the base model have changed, or model.name is another model)"
 )
@@ -145,6 +164,7 @@ class Outcome:
         trainable: parameters that were trained.
         final_bytes: size of final/.
         stopped: whether it was ended early, by its judge; it has no final/ then.
+        num_workers: at the end.
     """
 
     error: str | None = None
@@ -154,21 +174,26 @@ class Outcome:
     trainable: int = 0
     final_bytes: int = 0
     stopped: bool = False
+    num_workers: int = 0
 
 
 def run_worker(
-    assignment: Assignment, world: World, open_stream: OpenStream, report: Report, judge: Judge | None = None
+    assignment: Assignment,
+    world: World,
+    open_stream: OpenStream,
+    report: Report,
+    orders: Orders = Orders(),
 ) -> Outcome:
     """Trains this rank's share of the run, from where its newest checkpoint left it."""
     # A mistake of the user's is returned, not raised: raised, it would look like a crash and be tried again.
     try:
-        return _run(assignment, world, open_stream, report, judge)
+        return _run(assignment, world, open_stream, report, orders)
     except UserError as error:
         return Outcome(error=str(error))
 
 
 def _run(
-    assignment: Assignment, world: World, open_stream: OpenStream, report: Report, judge: Judge | None
+    assignment: Assignment, world: World, open_stream: OpenStream, report: Report, orders: Orders
 ) -> Outcome:
     config, plan = assignment.config, assignment.plan
     dtype = _common_dtype(assignment, world)
@@ -216,7 +241,7 @@ def _run(
                 assignment.store, _share(assignment, world), range(progress.step, plan.total_steps)
             ),
             eval_batches=_eval_batches(assignment, world),
-            hooks=_hooks(config, world, saver, tracking, report, judge),
+            hooks=_hooks(config, world, saver, tracking, report, orders),
             progress=progress,
         )
         saver.close()
@@ -234,6 +259,7 @@ def _run(
         trainable=built.trainable,
         final_bytes=final_bytes,
         stopped=stopped,
+        num_workers=world.size,
     )
 
 
@@ -449,7 +475,7 @@ def _hooks(
     saver: Saver,
     tracking: Tracking | None,
     report: Report,
-    judge: Judge | None,
+    orders: Orders,
 ) -> Hooks:
     def log(row: Row) -> None:
         is_step = "loss" in row
@@ -475,12 +501,28 @@ def _hooks(
         return waited
 
     def goes_on(step: int) -> bool:
-        if judge is None:
+        if orders.judge is None:
             return True
         saver.wait()  # whoever judges may kill this process at once
-        return bool(world.broadcast(judge(step) if world.is_main else None))
+        return bool(world.broadcast(orders.judge(step) if world.is_main else None))
 
-    return Hooks(log=log, checkpoint=save, goes_on=goes_on)
+    looked = time.monotonic()
+
+    def wishes() -> tuple[bool, bool]:
+        nonlocal looked
+        if not world.is_main:
+            return False, False
+        looks = time.monotonic() - looked > LOOK_EVERY_S
+        looked = time.monotonic() if looks else looked
+        return looks, orders.stop_asked()
+
+    def is_leaving() -> bool:
+        leaves = orders.is_leaving()
+        if leaves:
+            report("note", {"text": "a node is about to go: taking a checkpoint"})
+        return leaves
+
+    return Hooks(log=log, checkpoint=save, goes_on=goes_on, wishes=wishes, is_leaving=is_leaving)
 
 
 # --------------------------------------------------------------------------------------- what it leaves

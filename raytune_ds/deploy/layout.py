@@ -90,7 +90,7 @@ def lay_out(config: Config, target: str, shared: bool) -> Layout:
             "Ask for less, or for other machines in cluster.*."
         )
         per_node = 1
-    workers = scaling.num_workers if isinstance(scaling.num_workers, int) else None
+    workers = scaling.bounds[1] if scaling.bounds is not None else None
     needed = AUTO_NODES if workers is None else math.ceil(workers / per_node)
     max_nodes = _most_nodes(cluster, target, needed)
     if workers is not None and needed > max_nodes:

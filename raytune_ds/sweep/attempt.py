@@ -30,8 +30,8 @@ from raytune_ds.sweep.records import Report, Trial, trial_name
 from raytune_ds.sweep.reports import Reports
 from raytune_ds.sweep.space import Space, Values
 from raytune_ds.sweep.sweepdir import SweepDir
-from raytune_ds.tracking import Group
 from raytune_ds.sweepconfig import POPULATION
+from raytune_ds.tracking import Group
 from raytune_ds.worker import Assignment
 
 END_S = 120.0
@@ -56,7 +56,7 @@ class Origin:
 
     def name(self, values: Values) -> str:
         """In the name of the run directory of a trial that goes on from it with such values."""
-        told = json.dumps(values, sort_keys=True)
+        told = json.dumps(values, sort_keys=True).encode()
         return f"{trial_name(self.trial)}-step-{self.step}-{xxhash.xxh3_64_hexdigest(told)[:6]}"
 
     def __str__(self) -> str:
@@ -248,6 +248,8 @@ class _Watcher:
         while True:
             item = self._items.get()
             if isinstance(item, Result):
+                if item.status == "stopped" and not self._is_over:
+                    raise RuntimeError(f"{item.run} ended although nobody had asked it to")
                 return
             if isinstance(item, BaseException):
                 raise item

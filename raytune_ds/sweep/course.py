@@ -106,6 +106,13 @@ class Course:
         if is_new and known.status == "running":
             self._listener.begins(known)
 
+    def go_on(self) -> None:
+        """Trials that a budget stopped go on, if there is more of it now."""
+        if self.spent is None:
+            for trial in self._journal.trials:
+                if trial.status == "stopped" and (trial.reason or "").startswith(_BUDGET):
+                    self._journal.again(trial.number)
+
     def name(self, trial: TrialHandle) -> int:
         """Writes the number of a trial into its config, where its actor finds it; and how it ended, if it has.
 

@@ -99,12 +99,21 @@ class Journal:
         """A trial has ended."""
         self._write("end", trial=number, status=status, reason=reason)
 
+    def again(self, number: int) -> None:
+        """A trial that had been stopped goes on: what stopped it is no more."""
+        self._write("again", trial=number)
+
     def decision(self, number: int, report: int, run: str) -> str | None:
         """What was decided at a report of a trial's run; None if it is new."""
-        for event in self._of("report", number):
-            if event["report"]["number"] == report and event["run"] == run:
-                return str(event["decision"])
-        return None
+        found: str | None = None
+        for event in self.events:
+            if event.get("trial") != number:
+                continue
+            if event["event"] == "report" and event["report"]["number"] == report and event["run"] == run:
+                found = str(event["decision"])
+            elif event["event"] == "again" and found == "STOP":
+                found = None
+        return found
 
     def _of(self, kind: str, number: int) -> Iterator[Event]:
         return (event for event in self.events if event["event"] == kind and event["trial"] == number)
@@ -138,6 +147,8 @@ class Journal:
                     run=event["run"],
                     origin=event["origin"],
                 )
+            case "again":
+                self._trials[number] = replace(self._trials[number], status="running", reason=None)
             case "end":
                 known = self._trials[number]
                 self._trials[number] = replace(known, status=event["status"], reason=event["reason"])

@@ -32,8 +32,8 @@ def promote(config: Config, swept: Swept, anew: bool) -> Result:
         UserError: the settings of `sweep.trial` do not let the trial go on, or what launch raises.
     """
     started = time.monotonic()
-    best, run = swept.best, swept.sweep.promoted
-    name = f"{swept.sweep.name}-promoted"[-128:].lstrip(".")
+    best, run = swept.best, swept.sweep.promoted(swept.best.number, anew)
+    name = f"{swept.sweep.name}-promoted-{run.name}"[-128:].lstrip(".")
     full = replaced(full_config(config, best), run={"name": name, "resume": "auto"})
     say(f"\npromoting trial {best.name}", style="bold")
     checked = check(full)
@@ -42,7 +42,7 @@ def promote(config: Config, swept: Swept, anew: bool) -> Result:
         assignment = assign(checked, run, _lineage(swept, anew))
         if not anew:
             _begin_with(RunDir(best.run), best.name, assignment)
-        with lease.held(run.driver, f"{swept.sweep.name}, promoted"):
+        with lease.held(run.driver, f"{run.path}"):
             return train(assignment, scale, started, Display())
 
 

@@ -14,7 +14,7 @@ from ray import tune
 from raytune_ds import cluster, lease, storage
 from raytune_ds.check import Checked, check, vary
 from raytune_ds.compose import differences, dump, load, replaced
-from raytune_ds.config import Config
+from raytune_ds.config import Config, ScalingConfig
 from raytune_ds.console import human_count, human_time, say, warn
 from raytune_ds.errors import UserError
 from raytune_ds.launch import assign
@@ -22,6 +22,7 @@ from raytune_ds.naming import DECIDES_NOTHING, lasting_name
 from raytune_ds.preflight import preflight
 from raytune_ds.stopping import stoppable
 from raytune_ds.sweep import leaderboard
+from raytune_ds.sweep.attempt import report_every
 from raytune_ds.sweep.board import SweepDisplay, board
 from raytune_ds.sweep.course import Course
 from raytune_ds.sweep.journal import Journal
@@ -51,6 +52,14 @@ _MAY_CHANGE = (
     "sweep.max_concurrent",
     "sweep.give_up_after",
 )
+
+
+Scales = dict[tuple[ScalingConfig, int], cluster.Scale]
+
+
+MOST_FAILURES = 100
+ACTOR_BYTES = 768 << 20
+"""Of the process that looks after a trial, with all libraries imported."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,8 @@ def sweep(config: Config, debug: bool = False) -> Swept:
     _check_place(config, directory)
     say("\n".join((f"model: {config.model.name}", *checked.report.lines())))
     _check_values(checked, space)
-    where = cluster.connect(debug)
+    # Ray's own cleaners of what a process leaves behind that was killed ask its dashboard.
+    where = cluster.connect(debug, dashboard=True)
     with stoppable():
         return _sweep(config, checked, space, directory, where)
 
@@ -114,11 +124,13 @@ def _check_place(config: Config, directory: SweepDir) -> None:
         raise UserError(f"{name} is there but is no sweep; choose another name.")
     if config.run.resume == "never":
         raise UserError(f"{name} is there already, and run.resume is never.")
+    # Whom a trial is compared with, or copied from, follows from how many there are.
+    pauses = config.sweep.scheduler.kind in PAUSING
     then = load(storage.read_bytes(directory.config).decode())
     changed = [
         f"  {key}: {a} then, {b} now"
         for key, (a, b) in differences(then, config).items()
-        if not key.startswith(_MAY_CHANGE)
+        if not key.startswith(_MAY_CHANGE) or (key == "sweep.trials" and pauses)
     ]
     if changed:
         raise UserError(
@@ -144,10 +156,28 @@ def _check_values(checked: Checked, space: Space) -> None:
         raise UserError("\n".join(dict.fromkeys(problems)))
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a sweep will do.
+
+    Attributes:
+        goal: of the search.
+        total: trials at most.
+        scales: what trials ask for, by what decides it.
+        concurrent: trials at once.
+        reports: that a trial makes.
+    """
+
+    goal: Goal
+    total: int
+    scales: Scales
+    concurrent: int
+    reports: int
+
+
 def _sweep(config: Config, checked: Checked, space: Space, directory: SweepDir, where: str) -> Swept:
-    goal = Goal(config.sweep.metric, config.sweep.modes)
-    total = num_trials(config, space)
-    concurrent, each = _concurrency(checked, space)
+    scales = _scales(checked, space)
+    largest = max(scales.values(), key=lambda scale: scale.num_workers * scale.cpus_per_worker)
     preflight(checked.root)
     assignment = assign(checked)
     if assignment.store.manifest.eval.num_packs == 0:
@@ -158,38 +188,38 @@ def _sweep(config: Config, checked: Checked, space: Space, directory: SweepDir, 
     steps = assignment.plan.total_steps
     with lease.held(directory.driver, f"run.name = {directory.name}"):
         journal = _begin(config, directory)
+        plan = _Plan(
+            goal=Goal(config.sweep.metric, config.sweep.modes),
+            total=max(num_trials(config, space), len(journal.trials)),
+            scales=scales,
+            concurrent=_concurrent(config, scales, largest),
+            reports=-(-steps // report_every(checked.config, steps)),
+        )
         say(f"sweep: {directory.path}")
         say(
-            f"{total} trials over {', '.join(space.keys)}; {concurrent} at a time on {where}, {each} worker(s) each; "
-            f"{steps} steps and up to {min(config.sweep.reports, steps)} reports a trial"
+            f"{plan.total} trials over {', '.join(space.keys)}; {plan.concurrent} at a time on {where}, "
+            f"each on {largest}; {steps} steps and up to {plan.reports} reports a trial"
         )
-        if journal.trials:
-            ended = sum(trial.status != "running" for trial in journal.trials)
-            say(f"going on: {ended} trials have ended, {len(journal.trials) - ended} are resumed")
         files = (directory.leaderboard, directory.best, directory.report)
         with grouped(directory.path, config.tracking.to, config.model_dump(mode="json"), files, warn):
-            course = _search(checked, space, goal, directory, journal, total, concurrent)
-            return _end(config, checked, directory, journal, goal, course)
+            course = _search(checked, space, directory, journal, plan)
+            return _end(config, checked, directory, journal, plan.goal, course)
 
 
-def _search(
-    checked: Checked,
-    space: Space,
-    goal: Goal,
-    directory: SweepDir,
-    journal: Journal,
-    total: int,
-    concurrent: int,
-) -> Course:
+def _search(checked: Checked, space: Space, directory: SweepDir, journal: Journal, plan: _Plan) -> Course:
     """Runs trials until there are no more to run."""
     seen = board()
-    display = SweepDisplay(seen, goal, journal.trials, total)
-    course = Course(checked.config, space, goal, journal, display, concurrent)
-    job = Job(checked, space, directory, seen, _environment())
+    display = SweepDisplay(seen, plan.goal, journal.trials, plan.total)
+    course = Course(checked.config, space, plan.goal, journal, display, plan.concurrent)
+    course.go_on()
+    if journal.trials:
+        ended = sum(trial.status != "running" for trial in journal.trials)
+        say(f"going on: {ended} trials have ended, {len(journal.trials) - ended} are resumed")
+    job = Job(checked, space, directory, seen, _environment(), plan.scales)
     try:
-        if not course.is_done(total):
+        if not course.is_done(plan.total):
             with display:
-                _tuner(job, course, journal, goal, total).fit()
+                _tuner(job, course, journal, plan).fit()
     except KeyboardInterrupt:
         warn(f"the sweep was stopped; the same command with run.name={directory.name} goes on with it")
         raise
@@ -207,9 +237,6 @@ def _begin(config: Config, directory: SweepDir) -> Journal:
     return journal
 
 
-Scales = dict[tuple[ScalingConfig, int], cluster.Scale]
-
-
 def _scales(checked: Checked, space: Space) -> Scales:
     """What trials ask for, by what decides it.
 
@@ -225,22 +252,21 @@ def _scales(checked: Checked, space: Space) -> Scales:
     return scales
 
 
-def _concurrency(config: Config, scales: Scales) -> tuple[int, int]:
-    """How many trials run at once, and the most workers that one of them has."""
-    largest = max(scales.values(), key=lambda scale: scale.num_workers * scale.cpus_per_worker)
+def _concurrent(config: Config, scales: Scales, largest: cluster.Scale) -> int:
+    """How many trials run at once, whichever they are."""
     fits = max(1, min(scale.room for scale in scales.values()) // largest.num_workers)
     wanted = config.sweep.max_concurrent
-    return (fits if wanted == "auto" else min(fits, wanted)), largest.num_workers
+    return fits if wanted == "auto" else min(fits, wanted)
 
 
 def _environment() -> dict[str, str]:
     return {name: os.environ[name] for name in (cluster.MAY_GROW,) if name in os.environ}
 
 
-def _tuner(job: Job, course: Course, journal: Journal, goal: Goal, total: int) -> Any:
-    config, space = job.base.config, job.space
-    seed = config.run.seed
-    scheduler = config.sweep.scheduler.kind
+def _tuner(job: Job, course: Course, journal: Journal, plan: _Plan) -> Any:
+    config, space, total = job.base.config, job.space, plan.total
+    seed, section = config.run.seed, config.sweep.model_copy(update={"reports": plan.reports})
+    scheduler = section.scheduler.kind
     os.environ |= _TUNE
     pauses = scheduler in PAUSING
     search: dict[str, Any] = {}
@@ -251,25 +277,28 @@ def _tuner(job: Job, course: Course, journal: Journal, goal: Goal, total: int) -
         population = [drawn(space, draw.suggest(str(number + 1))) for number in range(total)]
         search["param_space"] = {"values": tune.grid_search(population)}
     else:
-        suggester = SEARCHERS[config.sweep.searcher.kind](space, goal, config.sweep.searcher, seed)
+        suggester = SEARCHERS[section.searcher.kind](space, plan.goal, section.searcher, seed)
         # A paused trial waits for all of its bracket to be there.
         search_alg = Replayed(
             suggester, space, journal, lambda: pauses or course.has_room, lambda: course.is_over
         )
     return tune.Tuner(
-        trainable(job, _share_of_memory(course.most_running) if pauses else 1),
+        trainable(job, _memory(plan.concurrent, pauses)),
         **search,
         tune_config=tune.TuneConfig(
             search_alg=search_alg,
             num_samples=total if search_alg else 1,
-            scheduler=Recorded(SCHEDULERS[scheduler](config.sweep, goal, space), course),
+            scheduler=Recorded(SCHEDULERS[scheduler](section, plan.goal, space), course),
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             # Where the sweep stands is read from its journal, not from Ray Tune's notes.
             name=datetime.now().strftime("%Y%m%d-%H%M%S-%f"),
             storage_path=job.sweep.tune,
-            failure_config=tune.FailureConfig(max_failures=config.scaling.max_failures),
+            failure_config=tune.FailureConfig(
+                # Without a limit, one that always breaks would never end.
+                max_failures=MOST_FAILURES if config.scaling.max_failures < 0 else config.scaling.max_failures
+            ),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             callbacks=[Endings(course)],
             verbose=0,
@@ -277,17 +306,19 @@ def _tuner(job: Job, course: Course, journal: Journal, goal: Goal, total: int) -
     )
 
 
-def _share_of_memory(num_trials: int) -> int:
-    """Bytes of memory that a trial's actor asks for, so that no more than twice so many are there at once.
+def _memory(num_trials: int, pauses: bool) -> int:
+    """Bytes of memory that a trial's actor asks for: about what it takes, so that no node gets too many of them.
 
-    Schedulers that pause trials have more of them than there is room for, and Ray Tune would start an actor for each.
-    Half of what would just fit, for others may use the cluster, too.
+    Schedulers that pause trials have more of them than there is room for, and Ray Tune would start an actor for each:
+    there they ask for so much that no more than twice as many are there at once.
     """
     nodes = [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
     share = max(nodes)
     while sum(memory // share for memory in nodes) < num_trials:
         share = share * 9 // 10
-    return max(1, share // 2)
+    # Half of what would just fit, for others may use the cluster, too.
+    share = max(1, share // 2)
+    return share if pauses else min(share, ACTOR_BYTES)
 
 
 def _tidy(directory: SweepDir) -> None:

@@ -261,7 +261,9 @@ class Endings(tune.Callback):
         """Tells the course."""
         self._course = course
 
-    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+    def on_trial_complete(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
         """See Callback. Ray Tune itself gives the last actors ten seconds."""
         actor = trial.temporary_state.ray_actor
         if actor is not None and trial.status == TuneTrial.RUNNING:

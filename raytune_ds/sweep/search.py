@@ -61,11 +61,12 @@ class Grid(Random):
     def __init__(self, space: Space, seed: int) -> None:
         """Of that space, which has choices only."""
         super().__init__(space, seed)
-        self._points = [{key: label(value) for key, value in point.items()} for point in space.grid()]
+        self._space = space
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """See Suggester."""
-        return self._points[(int(trial_id) - 1) % len(self._points)]
+        point = self._space.grid_point((int(trial_id) - 1) % self._space.grid_size)
+        return {key: label(value) for key, value in point.items()}
 
 
 class Scaled:

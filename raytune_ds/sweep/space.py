@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import random
@@ -108,10 +107,18 @@ class Space:
         """
         return overridden(base, self.complete(base, drawn), WHERE)
 
-    def grid(self) -> list[Values]:
-        """Every combination of choices, the last key changing fastest."""
-        axes = [[(d.key, value) for value in d.values] for d in self.searched]
-        return [dict(point) for point in itertools.product(*axes)]
+    @property
+    def grid_size(self) -> int:
+        """How many combinations of choices there are."""
+        return math.prod(len(d.values) for d in self.searched)
+
+    def grid_point(self, index: int) -> Values:
+        """One of the combinations of choices, the last key changing fastest."""
+        point: Values = {}
+        for dimension in reversed(self.searched):
+            index, which = divmod(index, len(dimension.values))
+            point[dimension.key] = dimension.values[which]
+        return {d.key: point[d.key] for d in self.searched}
 
     def corners(self) -> Iterator[tuple[str, Values]]:
         """Each choice of each key, or its bounds and a value between; with it the other keys at their first."""
@@ -132,7 +139,7 @@ def trial_base(base: Config) -> Config:
 
 def num_trials(config: Config, space: Space) -> int:
     """How many trials a sweep has at most."""
-    most = len(space.grid()) if config.sweep.searcher.kind == "grid" else None
+    most = space.grid_size if config.sweep.searcher.kind == "grid" else None
     if config.sweep.trials == "auto":
         return most or TRIALS
     return min(config.sweep.trials, most or config.sweep.trials)

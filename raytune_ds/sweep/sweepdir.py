@@ -6,7 +6,7 @@ trials/0001/      a run directory for each trial
 leaderboard.csv   the trials, the best first
 best.yaml         the best trial's config, for `python -m raytune_ds.train --config`
 report.html       all of it, to look at
-promoted/         the run that the best trial was promoted to
+promoted/0007/    the run that a trial was promoted to; 0007-anew where it was trained from the start
 """
 
 from __future__ import annotations
@@ -63,10 +63,9 @@ class SweepDir:
         """The page."""
         return f"{self.path}/report.html"
 
-    @property
-    def promoted(self) -> RunDir:
-        """The run that the best trial was promoted to."""
-        return RunDir(f"{self.path}/promoted")
+    def promoted(self, number: int, anew: bool) -> RunDir:
+        """The run that a trial was promoted to."""
+        return RunDir(f"{self.path}/promoted/{trial_name(number)}{'-anew' * anew}")
 
     def trial(self, number: int, origin: str | None = None) -> RunDir:
         """The run of a trial; `origin` names the checkpoint it was begun from, where that was another trial's."""

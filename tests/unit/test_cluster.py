@@ -70,3 +70,12 @@ def test_a_queue_fixes_the_number_of_pods() -> None:
     """Nodes that can never come must not be waited for."""
     text, _ = render(compose([], ["cluster.kubernetes.queue=q", "cluster.max_nodes=4"]), "kuberay-cluster")
     assert cluster.MAY_GROW not in text
+
+
+def test_a_range_needs_room_for_the_fewest(scale: Any) -> None:
+    assert scale(HEAD, num_workers=(2, 9)) == Scale(9, False, 1, fewest=2)
+    assert str(scale(HEAD, num_workers=(2, 9))) == "2 to 9 CPU worker(s)"
+    assert scale(HEAD, num_workers=(2, 2)) == Scale(2, False, 1)
+    assert scale(HEAD, GPU_NODE, most=3, num_workers=(1, 4)).room == 3
+    with pytest.raises(UserError, match=r"scaling.num_workers = \[5, 9\]: the cluster has room for 4"):
+        scale(HEAD, num_workers=(5, 9))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -43,14 +44,20 @@ def run(
     losses: list[float],
     every: int | str,
     goes_on: Callable[[int], bool] = lambda step: True,
+    wished: dict[int, tuple[bool, bool]] | None = None,
+    is_leaving: Callable[[], bool] = lambda: False,
 ) -> tuple[list[int], Progress, list[Any]]:
     """Steps that were saved, in a run of 20 that is evaluated every third step with these losses."""
     config = Config(train={"max_steps": 20, "eval_steps": 3}, checkpoint={"every_steps": every})
     measured, saved, rows = iter(losses), [], []
     monkeypatch.setattr(loop, "mean_loss", lambda *_: next(measured))
-    monkeypatch.setattr(
-        loop, "optimizer_step", lambda *_: {"loss": 1.0, "weight": 1.0, "tokens": 1, "skipped": False}
-    )
+    steps = count(1)
+
+    def step(*_: Any) -> dict[str, Any]:
+        wishes = (wished or {}).get(next(steps), (False, False))
+        return {"loss": 1.0, "weight": 1.0, "tokens": 1, "skipped": False, "wishes": wishes}
+
+    monkeypatch.setattr(loop, "optimizer_step", step)
 
     def save(progress: Progress) -> float:
         saved.append(progress.step)
@@ -65,7 +72,7 @@ def run(
         objective=lambda *_: torch.zeros(()),
         batches=empty_batches(),
         eval_batches=lambda: [],
-        hooks=Hooks(log=rows.append, checkpoint=save, goes_on=goes_on),
+        hooks=Hooks(log=rows.append, checkpoint=save, goes_on=goes_on, is_leaving=is_leaving),
         progress=progress,
     )
     return saved, progress, rows
@@ -128,3 +135,20 @@ def test_a_run_that_is_not_to_go_on_ends_with_one_checkpoint_of_its_last_step(
     assert (progress.step, progress.eval_step) == (last, last)
     assert max(row["step"] for row in rows) == last
     assert rows[-1] == {"step": last, "checkpoint_wait_s": 0.25}
+
+
+def test_a_node_that_is_about_to_go_gets_a_checkpoint_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody looks before a rank wishes it, for that takes a collective."""
+    answers = iter([False, True, False])
+    wished = {2: (True, False), 4: (True, False), 6: (True, False)}
+    saved, progress, _ = run(monkeypatch, LOSSES, 8, wished=wished, is_leaving=lambda: next(answers))
+    assert (saved, progress.step) == ([4, 8, 16, 20], 20)
+    assert next(answers, "none left") == "none left"
+
+
+@pytest.mark.parametrize(("step", "steps"), [(5, [5]), (8, [8]), (20, [8, 16, 20])])
+def test_a_run_that_is_to_stop_ends_with_one_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, step: int, steps: list[int]
+) -> None:
+    saved, progress, _ = run(monkeypatch, LOSSES, 8, wished={step: (False, True)})
+    assert (saved, progress.step) == (steps, step)

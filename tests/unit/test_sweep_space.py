@@ -255,7 +255,9 @@ def test_the_grid_has_every_combination_in_order() -> None:
     space = {R: {"choice": [4, 8]}, ALPHA: {"expr": "adapter.r"}, DROPOUT: {"choice": [0.0, 0.1, 0.2]}}
     grid = {"searcher": {"kind": "grid"}}
     found = check_space(config(space, grid))
-    assert found.grid() == [{R: r, DROPOUT: dropout} for r in (4, 8) for dropout in (0.0, 0.1, 0.2)]
+    assert [found.grid_point(i) for i in range(found.grid_size)] == [
+        {R: r, DROPOUT: dropout} for r in (4, 8) for dropout in (0.0, 0.1, 0.2)
+    ]
     assert [num_trials(config(space, grid | {"trials": n}), found) for n in ("auto", 4, 6, 99)] == [
         6,
         4,
