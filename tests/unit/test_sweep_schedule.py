@@ -73,8 +73,8 @@ class Tuner:
     def get_trials(self) -> list[TuneTrial]:
         return list(self.trials.values())
 
-    def get_live_trials(self) -> list[TuneTrial]:
-        return [trial for trial in self.get_trials() if trial.status not in ("TERMINATED", "ERROR")]
+    def get_live_trials(self) -> set[TuneTrial]:
+        return {trial for trial in self.get_trials() if trial.status not in ("TERMINATED", "ERROR")}
 
     def add(self, *numbers: int) -> None:
         for number in numbers:
@@ -370,8 +370,8 @@ def test_how_trials_end_is_written_once(file: Path) -> None:
     events = len(tuner.journal.events)
     again = Tuner(file, inner=Verdict())
     again.add(1, 2, 3, 4, 5)
-    assert again.trials[2].config["error"] == "worker 0 died"
-    assert again.trials[1].config["error"] is None
+    assert again.trials[2].config["ended"].reason == "worker 0 died"
+    assert again.trials[1].config["ended"].reason is None
     again.end(1, made_report(REPORTS, 1.5))
     again.end(2, made_report(4), error="worker 0 died")
     assert len(again.journal.events) == events
@@ -507,21 +507,33 @@ def test_hyperband_comes_to_the_same_in_whatever_order_it_comes_again(file: Path
         assert again.report(8, made_report(6, 99.0)) == CONTINUE
 
 
-@pytest.mark.parametrize("gone", ["on_trial_complete", "on_trial_error", "on_trial_remove"])
+@pytest.mark.parametrize("gone", ["TERMINATED", "ERROR"])
 def test_a_population_does_not_wait_for_one_that_is_gone(tmp_path: Path, gone: str) -> None:
     """Two wait at their first report for a third, which ends without one: they are let on to the second."""
-    tuner = Tuner(tmp_path / "journal.jsonl")
     space = Space.of(
         Config.model_validate({"sweep": {"space": {"train.learning_rate": {"loguniform": [1e-5, 1e-2]}}}})
     )
     pbt = SCHEDULERS["pbt"](Config().sweep, GOAL, space)
+    tuner = Tuner(tmp_path / "journal.jsonl", inner=pbt)
     tuner.trials = {number: TuneTrial(number) for number in (1, 2, 3)}
     times = {1: 1, 2: 1, 3: 0}
     pbt._trial_state = {t: SimpleNamespace(last_train_time=times[n]) for n, t in tuner.trials.items()}
-    tuner.trials[1].status = "PAUSED"
-    arguments = (tuner, tuner.trials[3], {})[: 3 if gone == "on_trial_complete" else 2]
-    getattr(pbt, gone)(*arguments)
-    assert pbt._next_perturbation_sync == 1, "one of them still runs"
-    tuner.trials[2].status = "PAUSED"
-    getattr(pbt, gone)(*arguments)
+    for number in (1, 2):
+        tuner.trials[number].status = "PAUSED"
+    assert tuner.scheduler.choose_trial_to_run(tuner) is None, "the third still runs"
+    tuner.trials[3].status = gone
+    tuner.trials[2].is_saving = True
+    assert tuner.scheduler.choose_trial_to_run(tuner) is None, "the second is not there yet"
+    tuner.trials[2].is_saving = False
+    assert tuner.scheduler.choose_trial_to_run(tuner) in (tuner.trials[1], tuner.trials[2])
     assert pbt._next_perturbation_sync == 2
+
+
+def test_those_that_wait_end_when_the_budget_is_used_up(tmp_path: Path) -> None:
+    tuner = Tuner(tmp_path / "journal.jsonl", "hyperband", budget={"tokens": 1})
+    tuner.add(1, 2)
+    tuner.course.report(tuner.trials[1], made_report(1), "PAUSE", result_of(1, made_report(1)))
+    for trial in tuner.get_trials():
+        trial.status = "PAUSED"
+    assert tuner.scheduler.choose_trial_to_run(tuner) is None
+    assert [trial.status for trial in tuner.journal.trials] == ["stopped", "stopped"]
