@@ -8,10 +8,12 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ray.util.state import list_actors, list_placement_groups
 
@@ -86,7 +88,7 @@ def test_twelve_trials_by_asha_and_the_best_promoted(
     assert len(status) == 12
     assert set(status) == {"finished", "stopped"}
     assert len(leaderboard(tmp_path, "asha")) == 12
-    assert (tmp_path / "asha" / "promoted" / "final" / "adapter_model.safetensors").exists()
+    assert next((tmp_path / "asha" / "promoted").glob("*/final/adapter_model.safetensors"))
     assert compose([tmp_path / "asha" / "best.yaml"], []).train.max_steps == 18
     assert left_over(head) == []
 
@@ -110,6 +112,38 @@ def test_a_driver_killed_five_times_makes_the_leaderboard_of_an_undisturbed_swee
     assert leaderboard(tmp_path, "killed") == leaderboard(tmp_path, "calm")
 
 
+def _kill(head: Head, what: str) -> None:
+    """Kill -9 of the youngest process of that name of a Ray."""
+    found = [
+        p
+        for p in psutil.process_iter(["cmdline", "create_time"])
+        if what in " ".join(p.info["cmdline"] or [])
+    ]
+    found = [p for p in found if any(head.pid == parent.pid for parent in p.parents())]
+    max(found, key=lambda p: p.info["create_time"]).kill()
+
+
+def test_a_killed_trial_and_a_killed_worker_cost_only_time(head: Head, tmp_path: Path) -> None:
+    arguments = (*QUICK, RANGES, "sweep.trials=2", "sweep.max_concurrent=1", "train.max_steps=60")
+    swept(head, tmp_path, "calm", *arguments)
+    journal = tmp_path / "killed" / "journal.jsonl"
+    victims = iter(("TrialActor", "RayTrainWorker"))
+
+    def weather() -> None:
+        for number, victim in enumerate(victims, 1):
+            while not journal.exists() or journal.read_bytes().count(b'"event": "report"') < number:
+                threading.Event().wait(0.05)
+            _kill(head, victim)
+
+    thread = threading.Thread(target=weather, daemon=True)
+    thread.start()
+    swept(head, tmp_path, "killed", *arguments)
+    thread.join(1)
+    assert not thread.is_alive()
+    assert leaderboard(tmp_path, "killed") == leaderboard(tmp_path, "calm")
+    assert left_over(head) == []
+
+
 @pytest.mark.parametrize("kind", ["pbt", "pb2"])
 def test_the_worst_of_a_population_go_on_from_the_best(head: Head, tmp_path: Path, kind: str) -> None:
     space = (
@@ -120,7 +154,7 @@ def test_the_worst_of_a_population_go_on_from_the_best(head: Head, tmp_path: Pat
     journal = swept(head, tmp_path, kind, *arguments, "sweep.scheduler.quantile_fraction=0.34")
     assert [trial.status for trial in journal.trials] == ["finished"] * 3
     copied = [trial for trial in journal.trials if trial.origin]
-    assert copied
+    assert copied, "nobody was copied, or it was forgotten"
     for trial in copied:
         assert (
             trial.values["train.learning_rate"] != journal.first_values(trial.number)["train.learning_rate"]
