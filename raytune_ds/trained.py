@@ -33,7 +33,7 @@ class Trained:
         config: of config.json.
         store: the prepared data.
         identity: what its newest checkpoint says it was made with; empty if there is none.
-        last_checkpoint: the step of that checkpoint, 0 if there is none.
+        known_steps: that its newest checkpoint or result.json knows to be done.
         rows: of metrics.jsonl, those of optimizer steps.
     """
 
@@ -41,7 +41,7 @@ class Trained:
     config: Config
     store: Store
     identity: dict[str, Any]
-    last_checkpoint: int
+    known_steps: int
     rows: tuple[dict[str, Any], ...]
 
     @staticmethod
@@ -57,10 +57,11 @@ class Trained:
             manifest = checkpoint.newest_complete(run.checkpoints)
             identity = manifest.identity if manifest else {}
             store = _store(run, config, identity.get("data"))
-            rows = [row for row in run.read_metrics() if "loss" in row or "left_out" in row]
-        except (OSError, pa.ArrowInvalid, ValueError, TypeError) as error:
+            rows = _steps(run)
+            known_steps = max(manifest.step if manifest else 0, _steps_of_result(run))
+        except (OSError, pa.ArrowInvalid, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: can't be read: {error}") from error
-        return Trained(run, config, store, identity, manifest.step if manifest else 0, tuple(rows))
+        return Trained(run, config, store, identity, known_steps, rows)
 
     @property
     def order(self) -> Order:
@@ -89,6 +90,21 @@ def _config(run: RunDir, path: str) -> Config:
         raise UserError(
             f"{run.config}: is damaged, or of another version of raytune_ds ({key}: {first['msg']})."
         ) from error
+
+
+def _steps(run: RunDir) -> tuple[dict[str, Any], ...]:
+    """The rows of metrics.jsonl that are of optimizer steps."""
+    rows = run.read_metrics()
+    if wrong := next(
+        (row for row in rows if not isinstance(row, dict) or not isinstance(row.get("step"), int)), None
+    ):
+        raise ValueError(f"{run.metrics} has a line without a step: {wrong}")
+    return tuple(row for row in rows if "loss" in row or "left_out" in row)
+
+
+def _steps_of_result(run: RunDir) -> int:
+    result = storage.read_json(run.result) or {}
+    return int((result.get("progress") or {}).get("step", 0))
 
 
 def _store(run: RunDir, config: Config, fingerprint: str | None) -> Store:

@@ -167,19 +167,13 @@ def examine(trained: Trained) -> Report:
         report.problems.append(packs.change)
         return report
     steps = _Steps(trained, packs, by_step)
-    report.problems += steps.problems(max(report.steps, _claimed(trained)))
+    report.problems += steps.problems(max(report.steps, trained.known_steps))
     report.notes += _notes(by_step)
     report.epochs = list(steps.epochs(report.steps))
     wrong = [epoch.number for epoch in report.epochs if not epoch.is_right]
     if wrong and not report.problems:  # the order itself is at fault
         report.problems.append(f"documents of epoch {wrong[0]} were trained on more or less than once")
     return report
-
-
-def _claimed(trained: Trained) -> int:
-    """The last step that something else than metrics.jsonl knows of."""
-    result = storage.read_json(trained.run.result) or {}
-    return max(trained.last_checkpoint, (result.get("progress") or {}).get("step", 0))
 
 
 def _changes(trained: Trained) -> Iterator[str]:
@@ -302,14 +296,9 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _print(path: str, report: Report) -> None:
     workers = f" on {', then '.join(map(str, report.workers))} worker(s)" if report.workers else ""
+    say(f"{path}: step {report.steps} of {report.total_steps}{workers}", style="bold")
     if report.epochs:
-        table(
-            f"{path}: step {report.steps} of {report.total_steps}{workers}",
-            ["epoch", "steps", "documents", "trained on"],
-            list(_lines(report)),
-        )
-    else:
-        say(f"{path}: step {report.steps} of {report.total_steps}{workers}", style="bold")
+        table("", ["epoch", "steps", "documents", "trained on"], list(_lines(report)))
     for note in report.notes:
         say(note)
     for problem in report.problems:

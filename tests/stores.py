@@ -16,12 +16,15 @@ DOCUMENTS = pa.schema({"ids": pa.list_(pa.int32()), "weights": pa.list_(pa.float
 
 def store_of(folder: Path, num_packs: int, files: Sequence[str] = ("/rows.jsonl",), **changes: Any) -> Store:
     """A store at `folder` of packs of one to three documents, one a row, from all files in turn."""
+    formats = changes.pop("formats", None)
     rng = np.random.default_rng(num_packs)
     sizes = rng.integers(1, 4, num_packs)
     members = np.split(np.arange(sizes.sum()), np.cumsum(sizes)[:-1])
     lengths = rng.integers(3, 9, sizes.sum())
     docs = [doc_id(row % len(files), row // len(files)) for row in range(len(lengths))]
-    return write_store(folder, [m.tolist() for m in members], docs, lengths.tolist(), files, **changes)
+    return write_store(
+        folder, [m.tolist() for m in members], docs, lengths.tolist(), files, formats, **changes
+    )
 
 
 def write_store(
@@ -33,8 +36,12 @@ def write_store(
     formats: Sequence[str] | None = None,
     **changes: Any,
 ) -> Store:
-    """A store at `folder` of these packs of documents, given by the ids of their rows and their numbers of tokens."""
-    ids = [[number % 50 + 1] * length for number, length in enumerate(lengths)]
+    """A store at `folder` of these packs of documents, given by the ids of their rows and their numbers of tokens.
+
+    `changes` are of the manifest; `ids` the tokens of some of the documents, by number.
+    """
+    given = changes.pop("ids", {})
+    ids = [given.get(number, [number % 50 + 1] * length) for number, length in enumerate(lengths)]
     table = pa.table({"ids": ids, "weights": [[1.0] * n for n in lengths], "doc": docs}, schema=DOCUMENTS)
     packed = pack_documents(packs, table)
     first = len(packs) // 2 // ROW_GROUP * ROW_GROUP  # a shard has whole row groups, but for the last one
