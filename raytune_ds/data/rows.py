@@ -107,13 +107,13 @@ def origins(store: Store, docs: Iterable[int], most_bytes: int | None = None) ->
 
 
 def name_rows(store: Store, order: Order, step: int) -> str:
-    """A few rows of a step's batch in words; never fails, for training hangs on it."""
+    """A few rows of a step's batch in words."""
     try:
         documents = step_rows(store, order, step).documents
         docs = list(dict.fromkeys(document.doc for document in documents))
         named = docs[:NAMED_DOCUMENTS]
         places = origins(store, named, QUICKLY_READ)
-    except (OSError, pa.ArrowException) as error:
+    except Exception as error:  # whatever is wrong with the store, the message at hand is worth more
         return f"its rows can't be read from {store.path}: {error}"
     more = f" and {len(docs) - len(named):,} more" if len(docs) > len(named) else ""
     return f"its rows: {'; '.join(str(places[doc]) for doc in named)}{more}"

@@ -182,10 +182,16 @@ class Attempt:
 
 
 def _with_reports(config: Config, total_steps: int) -> Config:
-    """Evaluates as often as trials report, and has a checkpoint of each report for as long as others may copy it."""
+    """Evaluates as often as trials report, and has a checkpoint of each report for as long as others may copy it.
+
+    A trial whose settings let it diverge is no mistake: scheduler and leaderboard judge it by its losses.
+    """
     every = config.train.eval_steps or max(1, -(-total_steps // config.sweep.reports))
     keep = max(config.checkpoint.keep, config.sweep.scheduler.perturbation_interval + 1)
-    return replaced(config, train={"eval_steps": every}, checkpoint={"every_steps": every, "keep": keep})
+    train: dict[str, Any] = {"eval_steps": every}
+    if config.train.on_skipped_steps == "stop":
+        train["max_skipped_steps"] = total_steps + 1
+    return replaced(config, train=train, checkpoint={"every_steps": every, "keep": keep})
 
 
 def _reason(error: TrainingFailedError) -> str:

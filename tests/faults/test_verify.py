@@ -18,7 +18,13 @@ def test_a_run_that_was_killed_and_went_on_with_fewer_workers_is_proved(
 ) -> None:
     """Also, its rows are told, and a row of metrics.jsonl that is taken away is missed."""
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    settings = (f"data.sources={data}", "run.name=killed", *SETTINGS, "train.max_steps=40", "scaling.max_failures=0")
+    settings = (
+        f"data.sources={data}",
+        "run.name=killed",
+        *SETTINGS,
+        "train.max_steps=40",
+        "scaling.max_failures=0",
+    )
     killed: list[int] = []
     killer = threading.Thread(
         target=_kill_a_worker_after, args=(tmp_path / "killed", 12, killed), daemon=True
