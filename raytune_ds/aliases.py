@@ -51,6 +51,11 @@ _CALLED = {
     "train.adam_beta1 train.adam_beta2": "betas",
     "train.adam_epsilon": "eps",
     "train.max_grad_norm": "clip_grad_norm grad_clip gradient_clip_val gradient_clipping",
+    "train.loss_spike_factor": "check_for_spiky_loss loss_watchdog_threshold outlier_multiplier",
+    "train.max_skipped_steps": "loss_watchdog_patience",
+    "train.max_skipped_steps train.on_skipped_steps": (
+        "check_for_nan_in_grad check_for_nan_in_loss_and_grad terminate_on_nan"
+    ),
     "train.activation_checkpointing": "gradient_checkpointing",
     "train.eval_steps": "eval_interval evals_per_epoch",
     "train.logging_steps": "log_every_n_steps log_interval",

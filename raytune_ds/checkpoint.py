@@ -260,14 +260,18 @@ def _verify_file(path: str, file: ShardFile) -> None:
         raise CheckpointError(f"{path}/{file.name}: its content has changed (checksum differs)")
 
 
-def newest(root: str, world: World, warn: Callable[[str], None]) -> tuple[str, Manifest] | None:
+def newest(
+    root: str, world: World, warn: Callable[[str], None], below: int | None = None
+) -> tuple[str, Manifest] | None:
     """The newest checkpoint that verifies; `warn` hears of those that do not. A collective.
+
+    With `below`, the newest of a lower step, or else the oldest there is.
 
     Raises:
         UserError: there are finished ones, and none of them verifies: to begin anew would delete them.
     """
     passed_over: list[str] = []
-    for step in world.broadcast(steps(root)[::-1] if world.is_main else None):
+    for step in world.broadcast(_newest_first(root, below) if world.is_main else None):
         path = directory(root, step)
         try:
             manifest = verify(path, world)
@@ -284,6 +288,13 @@ def newest(root: str, world: World, warn: Callable[[str], None]) -> tuple[str, M
             "Bring them back, or take another run.name to start anew."
         )
     return None
+
+
+def _newest_first(root: str, below: int | None) -> list[int]:
+    there = steps(root)
+    if below is None:
+        return there[::-1]
+    return [step for step in reversed(there) if step < below] or there
 
 
 class Reader:

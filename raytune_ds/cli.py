@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         ("chat", "talk to a finished run", _chat, _add_chat),
         ("generate", "answer prompts with a finished run", _generate, _add_generate),
         ("compare", "runs side by side: a table, and their curves", _compare, _add_compare),
+        ("verify", "proof that a run was trained on each row of each epoch once", _verify, _add_verify),
         ("render", "the files of a cluster for a run", _render, _add_render),
         ("doctor", "what this node or a cluster has, and what to mend", _doctor, _add_doctor),
         ("demo", "the bundled demo: a tiny model learns a domain", _demo, _add_demo),
@@ -58,9 +59,25 @@ def _parser() -> argparse.ArgumentParser:
 def _add_data(verb: argparse.ArgumentParser) -> None:
     add_config_arguments(verb)
     verb.add_argument("--examples", type=int, default=3, metavar="N", help="examples to show (3)")
+    verb.add_argument(
+        "--run",
+        dest="run_dir",
+        metavar="DIR",
+        help="with --step: the rows of steps of this run, and nothing else",
+    )
+    verb.add_argument(
+        "--step",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="a step of --run, trained on yet or not; may be given several times",
+    )
 
 
 def _data(arguments: argparse.Namespace) -> int:
+    if arguments.run_dir is not None or arguments.step:
+        return _data_of_steps(arguments)
     from raytune_ds.compose import compose, dump
 
     config = compose(arguments.config, arguments.overrides)
@@ -76,6 +93,17 @@ def _data(arguments: argparse.Namespace) -> int:
     cluster.connect(arguments.debug)
     assignment = assign(checked)
     show(assignment.store, assignment.tokenizer, arguments.examples)
+    return 0
+
+
+def _data_of_steps(arguments: argparse.Namespace) -> int:
+    if arguments.run_dir is None or not arguments.step:
+        raise UserError("--run and --step go together: raytune-ds data --run DIR --step 120")
+    if arguments.config or arguments.overrides:
+        raise UserError("--run: the run has its own config; leave --config and key=value out.")
+    from raytune_ds.steps import show_steps
+
+    show_steps(arguments.run_dir, arguments.step)
     return 0
 
 
@@ -164,6 +192,21 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     compare(arguments.runs, arguments.plot)
     return 0
+
+
+# ------------------------------------------------------------------------------------------------ verify
+
+
+def _add_verify(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--run", required=True, nargs="+", dest="run_dirs", metavar="DIR", help="run directories, one or more"
+    )
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from raytune_ds.verify import verify
+
+    return verify(arguments.run_dirs)
 
 
 # ------------------------------------------------------------------------------------------------ render

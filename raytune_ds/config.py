@@ -360,6 +360,23 @@ class TrainConfig(Section):
         description="Largest L2 norm of the whole gradient; a larger one is scaled down to it. 1.0 "
         "tames the rare bad batch; 0 turns clipping off.",
     )
+    loss_spike_factor: float | None = Field(
+        default=None,
+        gt=1,
+        description="A step is skipped if its loss is more than this factor times the median of the last 64 losses, "
+        "once there are 16. null: losses may jump, and only a step whose loss or gradient is not finite is skipped. "
+        "3 catches the batches that ruin a model.",
+    )
+    max_skipped_steps: Count = Field(
+        default=10,
+        description="Optimizer steps skipped one after the other, for a loss or gradient that is not finite or a loss "
+        "spike, at which train.on_skipped_steps says what to do. They change nothing: after 10, time is only burnt.",
+    )
+    on_skipped_steps: Literal["stop", "rewind"] = Field(
+        default="stop",
+        description="What to do after train.max_skipped_steps. stop: end the run and name steps and rows, for somebody "
+        "should look at them; rewind: go back to the last checkpoint before them and train on without their batches.",
+    )
     activation_checkpointing: Literal["auto", "none", "full"] = Field(
         default="auto",
         description="Recompute activations in the backward pass: less memory, about a third more time. "

@@ -30,8 +30,8 @@ def table(
     rows: Sequence[Sequence[object]],
     styles: Sequence[str | None] | None = None,
 ) -> None:
-    """A small table, numbers to the right; `styles` colours its rows."""
-    drawn = Table(title=title, title_justify="left", title_style="bold")
+    """A small table, with a title or an empty one, numbers to the right; `styles` colours its rows."""
+    drawn = Table(title=title or None, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
         drawn.add_column(column, justify="right" if numeric else "left")

@@ -63,8 +63,6 @@ class Display:
                 f"{human_count(tokens / seconds)} tokens/s"
             )
             self._progress.update(content["step"], detail)
-        if content["skipped"]:
-            warn(f"step {content['step']}: the gradient was not finite ({content['grad_norm']}); not applied")
 
     def _show_eval(self, content: dict[str, Any]) -> None:
         say(f"step {content['step']}: held-out loss {content['eval_loss']:.4f}")

@@ -30,6 +30,7 @@ from raytune_ds.check import Checked, check
 from raytune_ds.compose import dump, replaced
 from raytune_ds.config import Config
 from raytune_ds.console import human_count, human_time, say, warn
+from raytune_ds.data import prepared
 from raytune_ds.data.prepare import prepare
 from raytune_ds.data.stream import stream
 from raytune_ds.display import Display
@@ -222,7 +223,7 @@ def assign(checked: Checked, run: RunDir | None = None, lineage: str | None = No
         UserError: a row is bad, or nothing is left to train on.
     """
     config, root = checked.config, checked.root
-    store = prepare(config, checked.inputs, checked.tokenizer, f"{root}/.prepared")
+    store = prepare(config, checked.inputs, checked.tokenizer, f"{root}/{prepared.FOLDER}")
     run = run or RunDir(f"{root}/{config.run.name or _make_name(config)}")
     return Assignment(
         config, checked.model, checked.base, checked.tokenizer, store, run, checked.ds_config, lineage

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from raytune_ds.config import Config
+from raytune_ds.data import batchid
 from raytune_ds.data.batch import Batch
 from raytune_ds.data.order import Order
 from raytune_ds.engines import Engine
+from raytune_ds.guard import NAMED, Guard, Lapses
 from raytune_ds.objectives import Objective
 from raytune_ds.schedule import lr_multiplier
 from raytune_ds.world import World
@@ -66,16 +68,23 @@ class Hooks:
         log: takes one row for metrics.jsonl; called on every rank (only times differ).
         checkpoint: saves the state as it is, and returns the seconds that training stood still for it; all ranks
             call it together.
+        go_back: loads the newest checkpoint from before a step, and returns the progress in it; None if there is no
+            checkpoint. All ranks call it together.
         goes_on: whether to train on after an evaluation; the same on all ranks, which call it together.
         wishes: whether this rank wants all to look for a node that is about to go, and whether it wants the end.
         is_leaving: whether one is; all ranks call it together, after one of them wished it.
+        warn: takes what somebody should look at; called on every rank.
+        rows: names some rows of a step's batch; called on every rank, and nobody sees but what rank 0 says.
     """
 
     log: Callable[[Row], None]
     checkpoint: Callable[[Progress], float]
+    go_back: Callable[[int], Progress | None] = lambda step: None
     goes_on: Callable[[int], bool] = lambda step: True
     wishes: Callable[[], tuple[bool, bool]] = lambda: (False, False)
     is_leaving: Callable[[], bool] = lambda: False
+    warn: Callable[[str], None] = lambda text: None
+    rows: Callable[[int], str] = lambda step: ""
 
 
 @dataclass
@@ -94,6 +103,12 @@ class Progress:
     eval_step: int | None = None
     seconds: float = 0.0
     checkpoint_wait_s: float = 0.0
+    lapses: Lapses = field(default_factory=Lapses)
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> Progress:
+        """From a checkpoint's manifest."""
+        return Progress(**{**values, "lapses": Lapses(**values.get("lapses", {}))})
 
 
 def train(
@@ -102,7 +117,7 @@ def train(
     world: World,
     engine: Engine,
     objective: Objective,
-    batches: Iterator[list[Batch]],
+    batches: Callable[[int], Iterator[list[Batch]]],
     eval_batches: Callable[[], Iterable[list[Batch]]] | None,
     hooks: Hooks,
     progress: Progress,
@@ -115,16 +130,39 @@ def train(
         world: the ranks.
         engine: holds the model and applies gradients.
         objective: a batch to its loss sum.
-        batches: this rank's micro-batches of each step from `progress.step` on, as many on every rank.
+        batches: this rank's micro-batches of each step after a given one, as many on every rank.
         eval_batches: the same for one pass over the held-out data; None if there are none.
         hooks: where rows and checkpoints go.
         progress: where the run stands.
 
     Returns:
         The progress at the end, of which there is a checkpoint.
+
+    Raises:
+        UserError: too many steps went wrong, one after the other; on all ranks alike.
     """
     multiplier = lr_multiplier(config.train, plan.total_steps)
+    guard = Guard(config.train, progress.lapses)
     engine.module.train()
+
+    def step(micro_batches: list[Batch], started: float) -> tuple[bool, bool]:
+        data_wait = time.perf_counter() - started
+        lr = config.train.learning_rate * multiplier(progress.step)
+        seed_step(config.run.seed, progress.step, world.rank)
+        wishes = hooks.wishes()
+        row = optimizer_step(engine, objective, micro_batches, world, lr, wishes, guard.highest_loss)
+        wishes = row.pop("wishes")
+        progress.step += 1
+        seconds = time.perf_counter() - started
+        row = {**_place(progress, plan), **row}
+        row |= {"step_time_s": seconds, "tokens_per_s": row["tokens"] / seconds, "data_wait_s": data_wait}
+        _note_step(progress, row, seconds)
+        hooks.log({**row, "world_size": world.size})
+        text = guard.describe(row) if row["skipped"] else None
+        guard.note(row)
+        if text is not None:
+            hooks.warn(f"{text}; {hooks.rows(progress.step)}" if guard.names_rows else text)
+        return wishes
 
     def evaluate() -> None:
         if eval_batches is not None:
@@ -137,26 +175,35 @@ def train(
         progress.checkpoint_wait_s += waited
         hooks.log({"step": progress.step, "checkpoint_wait_s": waited})
 
-    if progress.step == 0:
+    def go_back() -> None:
+        skipped = progress.lapses.in_a_row
+        rows = {step: hooks.rows(step) for step in skipped[:NAMED]}
+        if not guard.rewinds:
+            raise guard.stop(rows)
+        earlier = hooks.go_back(skipped[0])
+        if earlier is None:
+            raise guard.stop(rows, " There is no checkpoint to go back to.")
+        hooks.warn(guard.go_back(earlier.step, earlier.lapses, rows))
+        vars(progress).update(vars(replace(earlier, lapses=progress.lapses)))
+
+    if progress.step == 0 and progress.eval_step is None:
         evaluate()
-    goes_on = True
+    if progress.step == 0 and guard.rewinds:
+        save()
+    goes_on, stream = True, batches(progress.step)
     while goes_on and progress.step < plan.total_steps:
         started = time.perf_counter()
-        micro_batches = next(batches)
-        data_wait = time.perf_counter() - started
-        lr = config.train.learning_rate * multiplier(progress.step)
-        seed_step(config.run.seed, progress.step, world.rank)
-        row = optimizer_step(engine, objective, micro_batches, world, lr, hooks.wishes())
-        looks, stops = row.pop("wishes")
-
-        progress.step += 1
-        seconds = time.perf_counter() - started
-        tokens = row["tokens"]
-        epoch = progress.step / plan.order.steps_per_epoch
-        row = {"step": progress.step, "epoch": round(epoch, 4), **row}
-        row |= {"step_time_s": seconds, "tokens_per_s": tokens / seconds, "data_wait_s": data_wait}
-        _note_step(progress, row, seconds)
-        hooks.log({**row, "world_size": world.size})
+        micro_batches = next(stream)
+        looks = stops = False
+        if guard.leaves_out(progress.step + 1):
+            progress.step += 1
+            hooks.log({**_place(progress, plan), "left_out": True})
+        else:
+            looks, stops = step(micro_batches, started)
+        if guard.had_enough:
+            go_back()
+            stream = batches(progress.step)
+            continue
 
         if plan.evaluates(progress.step):
             evaluate()
@@ -180,31 +227,35 @@ def optimizer_step(
     world: World,
     lr: float,
     wishes: tuple[bool, bool] = (False, False),
+    highest_loss: float = math.inf,
 ) -> Row:
-    """One update from the micro-batches of all ranks.
+    """One update from the micro-batches of all ranks; none if the loss is above `highest_loss` or not finite.
 
     The global weight is known before the first backward pass, so the gradient is that of the mean over all supervised
     tokens of the global batch, however the batch is cut: there is no mean of means.
     """
     weight = sum(float(batch.weight) for batch in micro_batches)
     tokens = sum(batch.num_tokens for batch in micro_batches if batch.weight != 0)
-    global_weight, global_tokens = world.sum(weight, tokens)
+    rows = batchid.halves(sum(batch.rows for batch in micro_batches))
+    global_weight, global_tokens, *global_rows = world.sum(weight, tokens, *rows)
     loss_sum = torch.zeros((), device=world.device, dtype=torch.float64)
     for batch in micro_batches:
         loss = objective(engine.module, batch.to(world.device))
         engine.backward(loss / global_weight)
         loss_sum += loss.detach()
-    result = engine.step(lr)
     # What a rank wishes travels with the loss: all of them hear of it at the same step, at no cost.
     global_loss, looks, stops = world.sum(loss_sum, *wishes)
+    global_mean = global_loss / global_weight
+    result = engine.step(lr, wanted=math.isfinite(global_mean) and global_mean <= highest_loss)
     return {
-        "loss": global_loss / global_weight,
+        "loss": global_mean,
         "weight": global_weight,
         "tokens": int(global_tokens),
         "lr": lr,
         "grad_norm": result.grad_norm,
         "skipped": result.skipped,
         "wishes": (looks > 0, stops > 0),
+        "batch": batchid.text(batchid.joined(*global_rows)),
     }
 
 
@@ -225,6 +276,10 @@ def mean_loss(module: nn.Module, objective: Objective, batches: Iterable[list[Ba
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Dropout depends on step and rank alone, so a resumed run needs no stored generator state."""
     torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
+
+
+def _place(progress: Progress, plan: Plan) -> Row:
+    return {"step": progress.step, "epoch": round(progress.step / plan.order.steps_per_epoch, 4)}
 
 
 def _note_step(progress: Progress, row: Row, seconds: float) -> None:

@@ -187,7 +187,7 @@ class Tracking:
         Raises:
             UserError: a tracker can't start.
         """
-        self._warn = warn
+        self._run, self._warn = run, warn
         self._file = MetricsFile(run, last_step, warn)
         self._trackers = {name: _start(name, run, config, last_step, group) for name in to}
 
@@ -197,6 +197,15 @@ class Tracking:
         if plot:
             metrics = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
             self._each(lambda tracker: tracker.log(row["step"], metrics))
+
+    def rewind(self, last_step: int) -> None:
+        """Drops the lines of steps after `last_step` from metrics.jsonl; in curves they are drawn over.
+
+        Raises:
+            OSError: the file can't be written anew.
+        """
+        self._file.close()
+        self._file = MetricsFile(self._run, last_step, self._warn)
 
     def flush(self) -> None:
         """Makes all so far visible to others, where that takes an effort."""

@@ -21,6 +21,7 @@ from raytune_ds.checkpoint import Manifest, Reader
 from raytune_ds.config import Config, ModelConfig
 from raytune_ds.data.batch import Batch, read
 from raytune_ds.data.order import Order
+from raytune_ds.data.rows import name_rows
 from raytune_ds.data.share import Share
 from raytune_ds.data.store import Store
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
@@ -85,6 +86,9 @@ MAY_CHANGE = (
     "activation_checkpointing",
     "eval_steps",
     "logging_steps",
+    "loss_spike_factor",
+    "max_skipped_steps",
+    "on_skipped_steps",
 )
 
 
@@ -215,7 +219,7 @@ def _run(
         reader = Reader(path, manifest)
         _require_same_parameters(built, reader)
         engine.load(reader, manifest.updates)
-        progress = Progress(**manifest.progress)
+        progress = Progress.of(manifest.progress)
         report("note", {"text": f"resuming from the checkpoint of step {progress.step}"})
     elif config.checkpoint.rehearse:
         report("note", {"text": saver.rehearse(Label(0, asdict(progress), None))})
@@ -231,19 +235,24 @@ def _run(
         },
     )
     if progress.step < plan.total_steps:
-        train(
-            config=config,
-            plan=plan,
-            world=world,
-            engine=engine,
-            objective=OBJECTIVES[config.objective.kind],
-            batches=open_stream(
-                assignment.store, _share(assignment, world), range(progress.step, plan.total_steps)
-            ),
-            eval_batches=_eval_batches(assignment, world),
-            hooks=_hooks(config, world, saver, tracking, report, orders),
-            progress=progress,
-        )
+        share = _share(assignment, world)
+        try:
+            train(
+                config=config,
+                plan=plan,
+                world=world,
+                engine=engine,
+                objective=OBJECTIVES[config.objective.kind],
+                batches=lambda step: open_stream(assignment.store, share, range(step, plan.total_steps)),
+                eval_batches=_eval_batches(assignment, world),
+                hooks=_hooks(assignment, world, engine, saver, tracking, report, orders),
+                progress=progress,
+            )
+        except UserError:  # on all ranks alike: what is being written is worth waiting for
+            saver.close()
+            if tracking is not None:
+                tracking.close()
+            raise
         saver.close()
     stopped = progress.step < plan.total_steps
     try:
@@ -470,13 +479,16 @@ def _peak_flops(world: World) -> float | None:
 
 
 def _hooks(
-    config: Config,
+    assignment: Assignment,
     world: World,
+    engine: engines.Engine,
     saver: Saver,
     tracking: Tracking | None,
     report: Report,
     orders: Orders,
 ) -> Hooks:
+    config, plan, run = assignment.config, assignment.plan, assignment.run
+
     def log(row: Row) -> None:
         is_step = "loss" in row
         if tracking is not None:
@@ -485,7 +497,7 @@ def _hooks(
             report("step", row)
         elif "eval_loss" in row:
             report("eval", row)
-        else:
+        elif "checkpoint_wait_s" in row:
             report("checkpoint_wait", row)
 
     def save(progress: Progress) -> float:
@@ -522,7 +534,33 @@ def _hooks(
             report("note", {"text": "a node is about to go: taking a checkpoint"})
         return leaves
 
-    return Hooks(log=log, checkpoint=save, goes_on=goes_on, wishes=wishes, is_leaving=is_leaving)
+    def warn(text: str) -> None:
+        report("warning", {"text": text})
+
+    def go_back(step: int) -> Progress | None:
+        saver.wait()
+        found = checkpoint.newest(run.checkpoints, world, warn, below=step)
+        if found is None:
+            return None
+        path, manifest = found
+        engine.load(Reader(path, manifest), manifest.updates)
+        if tracking is not None:
+            tracking.rewind(manifest.step)
+        return Progress.of(manifest.progress)
+
+    def rows(step: int) -> str:
+        return name_rows(assignment.store, plan.order, step) if world.is_main else ""
+
+    return Hooks(
+        log=log,
+        checkpoint=save,
+        go_back=go_back,
+        goes_on=goes_on,
+        wishes=wishes,
+        is_leaving=is_leaving,
+        warn=warn,
+        rows=rows,
+    )
 
 
 # --------------------------------------------------------------------------------------- what it leaves

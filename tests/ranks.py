@@ -39,6 +39,10 @@ class ThreadRank(World):
     def gather(self, value: Any) -> list[Any]:
         return self.meeting.gather(self.rank, value)
 
+    def sum(self, *values: torch.Tensor | float) -> list[float]:
+        ranks = self.meeting.gather(self.rank, [float(value) for value in values])
+        return [sum(of_all) for of_all in zip(*ranks, strict=True)]
+
     def broadcast(self, value: Any) -> Any:
         return self.gather(value)[0]
 

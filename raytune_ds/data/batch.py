@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from raytune_ds.data import batchid
 from raytune_ds.data.share import Share, fetch_step
 from raytune_ds.data.store import Store
 
@@ -29,6 +30,7 @@ class Batch:
         positions_BT: int64, the position within the document.
         segments: int32 of S + 1, cumulative document lengths; documents never see each other.
         max_segment: the longest document in tokens.
+        rows: which rows of the store it is made of; see batchid.
     """
 
     ids_BT: torch.Tensor
@@ -37,6 +39,7 @@ class Batch:
     positions_BT: torch.Tensor
     segments: torch.Tensor
     max_segment: int
+    rows: int = 0
 
     @property
     def weight(self) -> torch.Tensor:
@@ -59,13 +62,14 @@ class Batch:
         return Batch(**moved)
 
 
-def collate(packs: Sequence[Pack]) -> Batch:
+def collate(packs: Sequence[Pack], rows: int = 0) -> Batch:
     """Packs end to end as one batch.
 
     Args:
         packs: each with ids, targets (int), weights (float) of one length, and lengths of its documents. No pack
             at all gives the empty step's batch: one token of weight zero, so that every rank of a sharded model
             can take part in its collectives.
+        rows: see Batch.
     """
     if not packs:
         packs = [EMPTY_PACK]
@@ -84,6 +88,7 @@ def collate(packs: Sequence[Pack]) -> Batch:
         positions_BT=torch.from_numpy(positions)[None],
         segments=torch.from_numpy(segments),
         max_segment=int(lengths.max()),
+        rows=rows,
     )
 
 
@@ -97,7 +102,12 @@ EMPTY_PACK: Pack = {
 
 def cut(share: Share, packs: Mapping[int, Pack]) -> list[Batch]:
     """One step's packs, by slot, as the share's micro-batches."""
-    return [collate([packs[slot] for slot in part if slot in packs]) for part in share.micro_batches()]
+    batches = []
+    for part in share.micro_batches():
+        mine = {slot: packs[slot] for slot in part if slot in packs}
+        rows = batchid.total({slot: batchid.pack_hash(pack["docs"]) for slot, pack in mine.items()})
+        batches.append(collate(list(mine.values()), rows))
+    return batches
 
 
 def read(store: Store, split: str, share: Share, steps: range) -> Iterator[list[Batch]]:

@@ -8,7 +8,6 @@ A task holds a block of rows or one bucket, both of bounded size, so memory does
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import time
 import uuid
@@ -24,8 +23,9 @@ from raytune_ds.console import ProgressLine, human_count, human_time, say
 from raytune_ds.data import tokenizer as tokenizers
 from raytune_ds.data.buckets import finish_split, pack_bucket
 from raytune_ds.data.inputs import Inputs
+from raytune_ds.data.prepared import fingerprint_of
 from raytune_ds.data.scatter import Job, Tally, encode_block, read_blocks
-from raytune_ds.data.store import VERSION, Manifest, Split, Store
+from raytune_ds.data.store import Manifest, Split, Store
 from raytune_ds.data.stream import quiet
 from raytune_ds.data.tokenizer import TokenizerSpec
 from raytune_ds.errors import UserError
@@ -51,7 +51,7 @@ def prepare(config: Config, inputs: Inputs, tokenizer: TokenizerSpec, path: str)
     inputs.require_formats_of(config.objective.kind)
     if inputs.has_conversations:
         _require_chat_template(tokenizer)
-    fingerprint = _fingerprint(config, inputs, tokenizer)
+    fingerprint = fingerprint_of(config, inputs, tokenizer)
     target = f"{path}/{fingerprint}"
     if (found := Store.find(target)) is not None:
         say(f"data: prepared before, {_summary(found.manifest)}")
@@ -120,19 +120,6 @@ def _require_chat_template(spec: TokenizerSpec) -> None:
             f"model.name = {spec.name}: its tokenizer has no chat template, so conversations can't be rendered.\n"
             "Take the chat or instruct version of the model, or set data.chat_template to a .jinja file."
         )
-
-
-def _fingerprint(config: Config, inputs: Inputs, tokenizer: TokenizerSpec) -> str:
-    """A hash over all that decides the store's content; where the files lie does not."""
-    state = {
-        "version": VERSION,
-        "inputs": [(c, i.format, i.held_out) for c, i in zip(inputs.contents, inputs.items, strict=True)],
-        "tokenizer": tokenizers.fingerprint(tokenizer),
-        "data": config.data.model_dump(mode="json", exclude={"sources", "chat_template"})
-        | {"eval": config.data.eval.fraction},
-        "seed": config.run.seed,
-    }
-    return hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 @contextlib.contextmanager

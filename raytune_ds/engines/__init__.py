@@ -33,7 +33,7 @@ class StepResult:
 
     Attributes:
         grad_norm: 2-norm of the whole gradient before clipping.
-        skipped: the gradient was not finite, so nothing was applied.
+        skipped: the gradient was not finite, or not wanted, so nothing was applied.
     """
 
     grad_norm: float
@@ -66,8 +66,11 @@ class Engine(Protocol):
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of this rank's share of the global loss."""
 
-    def step(self, lr: float) -> StepResult:
-        """Sums the gradient over the ranks, clips it, applies it at learning rate `lr`, and clears it."""
+    def step(self, lr: float, wanted: bool = True) -> StepResult:
+        """Sums the gradient over the ranks, clips it, applies it at learning rate `lr`, and clears it.
+
+        It is not applied if it is not finite, or not `wanted`.
+        """
 
     def pieces(self) -> Iterator[Piece]:
         """The rank's share of the state that a checkpoint keeps; the ranks' shares make the whole, without overlap.

@@ -35,17 +35,22 @@ class AdamW:
         """Steps applied."""
         return max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
 
-    def apply(self, gradients: Iterable[torch.Tensor], grad_norm: float, lr: float) -> StepResult:
-        """Clips `gradients`, which the parameters' are made of and whose norm over all ranks is given, and steps."""
-        finite = math.isfinite(grad_norm)
-        if finite:
+    def apply(
+        self, gradients: Iterable[torch.Tensor], grad_norm: float, lr: float, wanted: bool
+    ) -> StepResult:
+        """Clips `gradients`, which the parameters' are made of and whose norm over all ranks is given, and steps.
+
+        Nothing happens if they are not finite, or not wanted.
+        """
+        applied = wanted and math.isfinite(grad_norm)
+        if applied:
             if 0 < self._max_grad_norm < grad_norm:
                 for gradient in gradients:
                     gradient.mul_(self._max_grad_norm / grad_norm)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
-        return StepResult(grad_norm, skipped=not finite)
+        return StepResult(grad_norm, skipped=not applied)
 
     def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(kind of state, parameter, the part that is here) of all state."""

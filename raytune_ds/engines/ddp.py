@@ -42,12 +42,12 @@ class DdpEngine:
         """See Engine."""
         loss.backward()
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, wanted: bool = True) -> StepResult:
         """See Engine."""
         if self._world.size > 1:
             dist.all_reduce(self._gradient)
         grad_norm = float(torch.linalg.vector_norm(self._gradient))
-        result = self._adamw.apply([self._gradient], grad_norm, lr)
+        result = self._adamw.apply([self._gradient], grad_norm, lr, wanted)
         self._gradient.zero_()
         return result
 

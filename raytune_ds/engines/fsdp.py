@@ -53,7 +53,7 @@ class FsdpEngine:
         """See Engine."""
         loss.backward()
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, wanted: bool = True) -> StepResult:
         """See Engine."""
         for parameter in self._adamw.parameters.values():
             if parameter.grad is None:  # it took no part, as an expert without tokens: a gradient of zero
@@ -61,7 +61,7 @@ class FsdpEngine:
         gradients = [local(p.grad) for p in self._adamw.parameters.values() if p.grad is not None]
         squares = sum((torch.linalg.vector_norm(g).double() ** 2 for g in gradients), torch.zeros(()))
         (total,) = self._world.sum(squares)
-        result = self._adamw.apply(gradients, math.sqrt(total), lr)
+        result = self._adamw.apply(gradients, math.sqrt(total), lr, wanted)
         for parameter in self._adamw.parameters.values():
             parameter.grad = None
         return result

@@ -81,14 +81,14 @@ class ZeroEngine:
         if not last:
             self.module.step()  # counts the micro-batch, and does no more than that
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, wanted: bool = True) -> StepResult:
         """See Engine."""
         for group in self._zero.param_groups:
             group["lr"] = lr
         grad_norm = self._partitions.grad_norm()
         # DeepSpeed passes over the step where this says so. It looks by itself only at elements, and its float32 norm
         # may overflow where none of them does.
-        self._zero.overflow = not math.isfinite(grad_norm)
+        self._zero.overflow = not (wanted and math.isfinite(grad_norm))
         self.module.step()
         return StepResult(grad_norm, skipped=self._zero.overflow)
 

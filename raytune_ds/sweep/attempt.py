@@ -208,12 +208,16 @@ def report_every(config: Config, total_steps: int) -> int:
 def _with_reports(config: Config, total_steps: int) -> Config:
     """Evaluates as often as trials report, and has a checkpoint of each report.
 
-    Of a population all are kept: any of them may be copied, also when it is told again after a crash.
+    Of a population all are kept: any of them may be copied, also when it is told again after a crash. A trial whose
+    settings let it diverge is no mistake: scheduler and leaderboard judge it by its losses.
     """
     every = report_every(config, total_steps)
     is_population = config.sweep.scheduler.kind in POPULATION
     keep = max(config.checkpoint.keep, -(-total_steps // every) if is_population else 0)
-    return replaced(config, train={"eval_steps": every}, checkpoint={"every_steps": every, "keep": keep})
+    train: dict[str, Any] = {"eval_steps": every}
+    if config.train.on_skipped_steps == "stop":
+        train["max_skipped_steps"] = total_steps + 1
+    return replaced(config, train=train, checkpoint={"every_steps": every, "keep": keep})
 
 
 def _reason(error: TrainingFailedError) -> str:

@@ -484,6 +484,61 @@ def test_a_norm_that_is_not_finite_is_enough(name: str) -> None:
 
 
 @every_engine
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_gradient_that_is_not_wanted_leaves_no_trace(name: str, before: int) -> None:
+    engine, untouched = engine_of(name, max_grad_norm=0.5), engine_of(name, max_grad_norm=0.5)
+    run(engine, range(before)), run(untouched, range(before))
+    saved = state(engine)
+    engine.backward(sft(engine.module, collate(packs(2))))
+    result = engine.step(0.01, wanted=False)
+    assert result.skipped is True
+    assert np.isfinite(result.grad_norm)
+    assert_same_bits(state(engine), saved)
+    assert engine.updates == before
+    following = range(before, before + 2)
+    assert [step_of(engine, s) for s in following] == [step_of(untouched, s) for s in following]
+    assert_same_bits(state(engine), state(untouched))
+
+
+@every_engine
+def test_a_step_whose_loss_is_too_high_is_skipped_and_a_lower_one_is_not(name: str) -> None:
+    engine = engine_of(name)
+    loss = step_of(engine)["loss"]
+    saved = state(engine)
+    batches = [collate(packs(4, seed=0))]
+    row = optimizer_step(engine, sft, batches, ALONE, 0.01, highest_loss=loss / 2)
+    assert (row["skipped"], row["loss"]) == (True, pytest.approx(loss, rel=0.2))
+    assert_same_bits(state(engine), saved)
+    assert optimizer_step(engine, sft, batches, ALONE, 0.01, highest_loss=loss * 2)["skipped"] is False
+    assert engine.updates == 2
+
+
+@every_engine
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(name: str) -> None:
+    def shifted(module: nn.Module, batch: Batch) -> torch.Tensor:
+        return sft(module, batch) + float("inf")
+
+    engine = engine_of(name)
+    saved = state(engine)
+    row = optimizer_step(engine, shifted, [collate(packs(2))], ALONE, 0.01)
+    assert row["skipped"] is True
+    assert np.isfinite(row["grad_norm"])
+    assert_same_bits(state(engine), saved)
+
+
+@every_engine
+def test_what_was_saved_can_be_loaded_in_the_midst_of_training(name: str) -> None:
+    """As a run does that goes back: the steps after it are the same once more."""
+    engine = engine_of(name)
+    run(engine, range(2))
+    saved, losses = state(engine), run(engine, range(2, 4))
+    engine.backward(sft(engine.module, collate(packs(2))) * float("nan"))
+    assert engine.step(0.01).skipped is True
+    engine.load(reader(saved), 2)
+    assert run(engine, range(2, 4)) == losses
+
+
+@every_engine
 def test_a_large_gradient_is_applied(name: str) -> None:
     engine = engine_of(name, max_grad_norm=1.0)
     engine.backward(sft(engine.module, collate(packs(2))) * 1e10)

@@ -23,11 +23,12 @@ ROOMS = """
     compose naming confighelp plan command
     deploy deploy.instances deploy.layout deploy.kubernetes deploy.render deploy.spot_aws deploy.spot_gcp
     demo.data data.formats data.sources data.readers_lines data.readers_json data.readers data.order data.packing
-    data.store data.share data.tokenizer data.inputs
+    data.batchid data.store data.share data.tokenizer data.inputs data.rows
+    data.prepared
     data.template data.scatter data.buckets data.batch data.stream data.prepare data.show
     world rundir lease
     model.tiny model.attention model.packed model.weights model.load model.adapters model.build model.flops
-    schedule
+    schedule guard
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
     engines.ds.stage engines.ds.autos engines.ds.config
@@ -39,7 +40,7 @@ ROOMS = """
     sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports sweep.fork sweep.leaderboard sweep.plots
     sweep.influence sweep.report sweep.course sweep.outcome sweep.attempt sweep.trainable sweep.search sweep.schedule
     sweep.board sweep.run sweep.promote sweep.__main__
-    demo.run train compare doctor.verb cli __main__
+    demo.run train compare trained verify steps doctor.verb cli __main__
 """.split()
 
 LIGHT = """

@@ -29,7 +29,7 @@ class StillEngine:
     def backward(self, loss: torch.Tensor) -> None:
         pass
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, wanted: bool = True) -> StepResult:
         self.updates += 1
         return StepResult(1.0, skipped=False)
 
@@ -70,7 +70,7 @@ def run(
         world=World.alone(),
         engine=StillEngine(),  # type: ignore[arg-type]
         objective=lambda *_: torch.zeros(()),
-        batches=empty_batches(),
+        batches=lambda step: empty_batches(),
         eval_batches=lambda: [],
         hooks=Hooks(log=rows.append, checkpoint=save, goes_on=goes_on, is_leaving=is_leaving),
         progress=progress,

@@ -74,7 +74,7 @@ class FakeEngine:
     def backward(self, loss: torch.Tensor) -> None:
         raise NotImplementedError
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, wanted: bool = True) -> StepResult:
         raise NotImplementedError
 
 

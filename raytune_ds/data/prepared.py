@@ -1,0 +1,28 @@
+"""What tells a prepared store from others: all that decides its content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from raytune_ds.config import Config
+from raytune_ds.data import tokenizer as tokenizers
+from raytune_ds.data.inputs import Inputs
+from raytune_ds.data.store import VERSION
+from raytune_ds.data.tokenizer import TokenizerSpec
+
+FOLDER = ".prepared"
+"""Below `run.storage`, where all stores are."""
+
+
+def fingerprint_of(config: Config, inputs: Inputs, tokenizer: TokenizerSpec) -> str:
+    """A hash over all that decides the store's content; where the files lie does not."""
+    state = {
+        "version": VERSION,
+        "inputs": [(c, i.format, i.held_out) for c, i in zip(inputs.contents, inputs.items, strict=True)],
+        "tokenizer": tokenizers.fingerprint(tokenizer),
+        "data": config.data.model_dump(mode="json", exclude={"sources", "chat_template"})
+        | {"eval": config.data.eval.fraction},
+        "seed": config.run.seed,
+    }
+    return hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,56 @@
+"""A run that was killed and went on with another number of workers is proved to have read each row once an epoch."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from ray.train import TrainingFailedError
+
+from raytune_ds import cli
+from tests.faults.test_kill import ROWS, SETTINGS, _kill_a_worker_after
+from tests.helpers import Run, metrics, write_jsonl
+
+
+def test_a_run_that_was_killed_and_went_on_with_fewer_workers_is_proved(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also, its rows are told, and a row of metrics.jsonl that is taken away is missed."""
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    settings = (
+        f"data.sources={data}",
+        "run.name=killed",
+        *SETTINGS,
+        "train.max_steps=40",
+        "scaling.max_failures=0",
+    )
+    killed: list[int] = []
+    killer = threading.Thread(
+        target=_kill_a_worker_after, args=(tmp_path / "killed", 12, killed), daemon=True
+    )
+    killer.start()
+    with pytest.raises(TrainingFailedError):
+        run(*settings)
+    assert killed
+    result = run(*settings, "scaling.num_workers=1")
+    sizes = [row["world_size"] for row in metrics(result.run) if "loss" in row]
+    assert sizes.count(2) >= 7
+    assert sizes.count(1) >= 10
+    capsys.readouterr()
+    assert cli.main(["verify", "--run", result.run]) == 0
+    told = capsys.readouterr().out
+    assert "step 40 of 40 on 2, then 1 worker(s)" in told
+    assert "proved: every step once" in told
+
+    assert cli.main(["data", "--run", result.run, "--step", "30"]) == 0
+    told = capsys.readouterr().out
+    assert told.splitlines()[0].endswith("; trained on")
+    assert f"{data}, row " in told
+    assert ": say " in told
+
+    file = Path(result.run) / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if '"step": 30, "epoch"' not in line))
+    assert cli.main(["verify", "--run", result.run]) == 2
+    assert "not in metrics.jsonl: steps 30\n" in capsys.readouterr().out
