@@ -8,7 +8,7 @@ N ?= 2
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup train test test-cluster sweep-check parity lint format bench cluster-files \
+.PHONY: help setup train test test-cluster slow-check parity lint format bench cluster-files \
     image image-cpu image-cuda up down image-check lock clean
 .DEFAULT_GOAL := help
 
@@ -33,8 +33,8 @@ test-cluster: $(READY)  ## a real cluster of machines made of namespaces; root, 
 	$(BIN)/python -m pytest -m cluster -s tests/cluster/test_nodes.py tests/cluster/test_onprem.py \
 	    tests/cluster/test_aws.py tests/cluster/test_metrics.py
 
-sweep-check: $(READY)  ## whole sweeps: twelve trials by ASHA on two engines, every searcher and scheduler, five kills; half an hour
-	$(BIN)/python -m pytest -m sweeps tests/sweeps
+slow-check: $(READY)  ## whole sweeps, on two engines, by every searcher and scheduler, killed; nodes that come and go; half an hour
+	$(BIN)/python -m pytest -m slow tests/sweeps tests/faults
 
 parity: $(READY)  ## every engine beside one plain process, the whole table; about twenty minutes on two cores
 	$(BIN)/python -m tests.matrix

@@ -27,6 +27,7 @@ SETTINGS = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_shrinks_and_grows_with_its_cluster(run: Run, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     settings = (*SETTINGS, f"data.sources={rows}", "train.max_steps=600")

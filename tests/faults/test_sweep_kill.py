@@ -28,7 +28,7 @@ def _wait_for_reports(journal: Path, number: int, process: subprocess.Popen[byte
         threading.Event().wait(0.05)
 
 
-@pytest.mark.sweeps  # minutes; tests/unit/test_sweep_search.py and _schedule.py cut journals everywhere in seconds
+@pytest.mark.slow  # minutes; tests/unit/test_sweep_search.py and _schedule.py cut journals everywhere in seconds
 def test_a_killed_driver_costs_only_time(ray_session: None, tmp_path: Path) -> None:
     """Kill -9 in the second trial: nothing is suggested anew, nothing is run again, the leaderboard is the same."""
     rows = write_jsonl(tmp_path / "rows.jsonl", ROWS)

@@ -22,7 +22,7 @@ from raytune_ds.compose import compose
 from raytune_ds.sweep.journal import Journal
 from tests.head import TOKENS_OFF, Head, ray_head
 
-pytestmark = [pytest.mark.sweeps, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 CLEAN_S = 30
 OF_RAY_DATA = ("_StatsActor", "_AutoscalingCoordinatorActor", "_UsageCollectionActor")

@@ -193,7 +193,7 @@ def test_a_trial_hands_its_values_and_those_that_follow_from_them_to_its_tracker
     monkeypatch.setattr(attempt, "assign", lambda config, run, lineage: FakeAssignment(config, run))
     values = {"adapter.r": 8, "train.learning_rate": 1e-3, "adapter.dropout": 0.1}
     base: Any = SimpleNamespace(config=config)
-    begun = attempt.Attempt(base, Space.of(config), sweep, 1, values, None, None, lambda _: None)
+    begun = attempt.Attempt(base, Space.of(config), sweep, 1, values, None, None, {}, lambda _: None)
     assignment = begun._assignment()
     main: Any = SimpleNamespace(is_main=True)
     opened = worker._open_tracking(assignment, main, None, lambda kind, _: pytest.fail(kind))
