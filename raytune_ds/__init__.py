@@ -11,6 +11,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     data/order                         pure: (seed, epoch, step, slot) to the pack that is read
     data/packing, store                token sequences to packs; packs to Parquet shards and back
     data/tokenizer, inputs, template   tokenizers; which files a run reads; `Example` to ids and loss weights
+    data/batchid, rows, prepared       a batch's fingerprint; the rows it was made of; what tells stores apart
     data/scatter, buckets, prepare (R) the Ray Data job: rows, scattered over buckets, packed
     data/share, batch, stream (R)      what a rank reads of a global batch, as `Batch`es, read ahead
     world, rundir, lease               the ranks; the run directory; one driver a run
@@ -19,14 +20,15 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     objectives/, engines/              a batch to a loss sum; gradients to an update, and who holds which part
     checkpoint, saver                  checkpoints, of no engine and no world size; taking them while training goes on
     tracking, modelcard, export        what else a run leaves behind
-    loop, worker                       the training loop; one worker from start to end (no Ray in either)
+    guard, loop, worker                steps that go wrong; the training loop; one worker from start to end (no Ray yet)
     generate, evaluate                 answers and scores of a finished run
     network, nodes (R), doctor/        the interface between nodes; a function on each of them; what is wrong
     check, cluster, preflight (R)      what is tried first, of the config and of the cluster; the Ray it runs on
     metrics, torchgroup, launch (R)    the run as Ray metrics; torch's process group; a config to a finished run
     sweep/ (R)                         many runs that differ in a few settings: space and journal; searchers and
                                        schedulers; a trial, as Ray Tune sees it; leaderboard, page, promotion
-    demo/, train, compare, cli         the bundled demo; runs side by side; the command lines
+    demo/, train, compare              the bundled demo; runs side by side
+    trained, verify, steps, cli        what a run was trained on, the proof of it, its rows; the command lines
 
 A row's way from a file to a gradient: `inputs` finds files and formats; `prepare` reads them with Ray Data, and its
 tasks turn rows into `Example`s (`formats`), these into ids and weights (`template`), scatter them by a hash of their

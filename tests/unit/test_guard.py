@@ -398,3 +398,10 @@ def test_a_manifest_from_before_there_were_lapses_is_read() -> None:
     values = asdict(Progress(step=5))
     del values["lapses"]
     assert Progress.of(values) == Progress(step=5)
+
+
+def test_what_was_counted_since_the_checkpoint_is_not_counted_twice() -> None:
+    run = Run(at(34, 35, 36, loss=9.0), {**REWIND, "loss_spike_factor": 2})
+    lapses = run.start().lapses
+    assert lapses.left_out == [34, 35, 36]
+    assert (lapses.spikes, len(lapses.losses)) == (0, STEPS - 3)
