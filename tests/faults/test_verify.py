@@ -14,6 +14,7 @@ from tests.faults.test_kill import ROWS, SETTINGS, _kill_a_worker_after
 from tests.helpers import Run, metrics, write_jsonl
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_and_went_on_with_fewer_workers_is_proved(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
