@@ -24,7 +24,8 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     generate, evaluate                 answers and scores of a finished run
     network, nodes (R), doctor/        the interface between nodes; a function on each of them; what is wrong
     check, cluster, preflight (R)      what is tried first, of the config and of the cluster; the Ray it runs on
-    metrics, torchgroup, launch (R)    the run as Ray metrics; torch's process group; a config to a finished run
+    metrics, torchgroup, fitting (R)   the run as Ray metrics; torch's process group; a run on Ray Train
+    launch (R)                         a config to a finished run
     sweep/ (R)                         many runs that differ in a few settings: space and journal; searchers and
                                        schedulers; a trial, as Ray Tune sees it; leaderboard, page, promotion
     demo/, train, compare              the bundled demo; runs side by side

@@ -33,10 +33,10 @@ class Display:
         self._close()
 
     def begins(self, stop: Callable[[], None]) -> None:
-        """See launch.Watcher."""
+        """See fitting.Watcher."""
 
     def goes_on(self, step: int) -> bool:
-        """See launch.Watcher."""
+        """See fitting.Watcher."""
         return True
 
     def show(self, kind: str, content: dict[str, Any]) -> None:

@@ -277,7 +277,7 @@ class _Watcher:
         except BaseException as error:
             self._items.put(error)
 
-    # ------------------------------------------------------------------------ see launch.Watcher
+    # ------------------------------------------------------------------------ see fitting.Watcher
 
     def __enter__(self) -> None: ...
 

@@ -40,9 +40,9 @@ def promote(config: Config, swept: Swept, anew: bool) -> Result:
     with stoppable():
         scale = cluster.plan_scale(checked.config.scaling, checked.config.train.global_batch)
         assignment = assign(checked, run, _lineage(swept, anew))
-        if not anew:
-            _begin_with(RunDir(best.run), best.name, assignment)
-        with lease.held(run.driver, f"{run.path}"):
+        with lease.held(run.driver, run.path):
+            if not anew:
+                _begin_with(RunDir(best.run), best.name, assignment)
             return train(assignment, scale, started, Display())
 
 

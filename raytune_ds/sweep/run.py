@@ -52,14 +52,12 @@ _MAY_CHANGE = (
     "sweep.max_concurrent",
     "sweep.give_up_after",
 )
-
-
-Scales = dict[tuple[ScalingConfig, int], cluster.Scale]
-
-
 MOST_FAILURES = 100
 ACTOR_BYTES = 768 << 20
 """Of the process that looks after a trial, with all libraries imported."""
+
+Scales = dict[tuple[ScalingConfig, int], cluster.Scale]
+"""What trials ask for, by what decides it: the scaling section and the global batch."""
 
 
 @dataclass(frozen=True)
@@ -311,9 +309,14 @@ def _memory(num_trials: int, pauses: bool) -> int:
 
     Schedulers that pause trials have more of them than there is room for, and Ray Tune would start an actor for each:
     there they ask for so much that no more than twice as many are there at once.
+
+    Raises:
+        UserError: no node has any.
     """
     nodes = [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
     share = max(nodes)
+    if share < num_trials:
+        raise UserError("sweep: no node of the Ray cluster has memory to give; start one without --memory=0.")
     while sum(memory // share for memory in nodes) < num_trials:
         share = share * 9 // 10
     # Half of what would just fit, for others may use the cluster, too.

@@ -36,7 +36,7 @@ ROOMS = """
     checkpoint saver tracking modelcard export loop worker generate evaluate
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
     doctor.cluster doctor.report stopping check
-    cluster preflight torchgroup display metrics launch
+    cluster preflight torchgroup display metrics fitting launch
     sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports sweep.fork sweep.leaderboard sweep.plots
     sweep.influence sweep.report sweep.course sweep.outcome sweep.attempt sweep.trainable sweep.search sweep.schedule
     sweep.board sweep.run sweep.promote sweep.__main__
@@ -63,6 +63,7 @@ RESERVED = {
         "cluster",
         "torchgroup",
         "metrics",
+        "fitting",
         "launch",
         "sweep.attempt",
         "sweep.trainable",
