@@ -20,7 +20,8 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     objectives/, engines/              a batch to a loss sum; gradients to an update, and who holds which part
     checkpoint, saver                  checkpoints, of no engine and no world size; taking them while training goes on
     tracking, modelcard, export        what else a run leaves behind
-    guard, loop, worker                steps that go wrong; the training loop; one worker from start to end (no Ray yet)
+    guard, loop                        steps that go wrong; the training loop
+    assignment, hooks, worker          what a worker is told; what its loop sets off; one worker, start to end (no Ray)
     generate, evaluate                 answers and scores of a finished run
     network, nodes (R), doctor/        the interface between nodes; a function on each of them; what is wrong
     check, cluster, preflight (R)      what is tried first, of the config and of the cluster; the Ray it runs on

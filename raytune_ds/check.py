@@ -10,6 +10,7 @@ from typing import Any
 import xxhash
 
 from raytune_ds import hub, storage
+from raytune_ds.assignment import Base
 from raytune_ds.compose import replaced
 from raytune_ds.config import Config, ModelConfig
 from raytune_ds.console import say
@@ -23,7 +24,6 @@ from raytune_ds.model.adapters import AdapterReport
 from raytune_ds.model.load import skeleton
 from raytune_ds.model.weights import fingerprint
 from raytune_ds.rundir import RunDir
-from raytune_ds.worker import Base
 
 
 @dataclass(frozen=True)

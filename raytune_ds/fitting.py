@@ -25,12 +25,14 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raytune_ds.assignment import Assignment
 from raytune_ds.cluster import Scale
 from raytune_ds.console import warn
 from raytune_ds.data.stream import stream
+from raytune_ds.hooks import Orders
 from raytune_ds.metrics import RunMetrics
 from raytune_ds.torchgroup import NodesTorchConfig
-from raytune_ds.worker import Assignment, Orders, Outcome, run_worker
+from raytune_ds.worker import Outcome, run_worker
 from raytune_ds.world import World
 
 POLL_S = 0.3

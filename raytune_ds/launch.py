@@ -11,6 +11,7 @@ from typing import Any
 from ray.train import TrainingFailedError
 
 from raytune_ds import checkpoint, cluster, lease, storage
+from raytune_ds.assignment import Assignment, require_same_run
 from raytune_ds.check import Checked, check
 from raytune_ds.compose import dump, replaced
 from raytune_ds.config import Config
@@ -24,7 +25,7 @@ from raytune_ds.naming import stem
 from raytune_ds.preflight import preflight
 from raytune_ds.rundir import RunDir
 from raytune_ds.stopping import stoppable
-from raytune_ds.worker import Assignment, Outcome, require_same_run
+from raytune_ds.worker import Outcome
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import platform
 import resource
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,53 +16,31 @@ from typing import Any, TypeVar
 import torch
 
 from raytune_ds import checkpoint, engines, storage
+from raytune_ds.assignment import Assignment, require_same_run
 from raytune_ds.checkpoint import Manifest, Reader
-from raytune_ds.config import Config, ModelConfig
+from raytune_ds.config import Config
 from raytune_ds.data.batch import Batch, read
 from raytune_ds.data.order import Order
-from raytune_ds.data.rows import name_rows
 from raytune_ds.data.share import Share
 from raytune_ds.data.store import Store
-from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
+from raytune_ds.data.tokenizer import load_tokenizer
 from raytune_ds.engines.choose import Choice, choose
 from raytune_ds.errors import UserError
 from raytune_ds.export import ExportError, Final, describe, save_final
-from raytune_ds.loop import Hooks, Plan, Progress, Row, train
+from raytune_ds.hooks import NO_ORDERS, Orders, Report, hooks_of
+from raytune_ds.loop import Progress, train
 from raytune_ds.model.build import Built, build
 from raytune_ds.model.flops import Flops, peak_flops
 from raytune_ds.model.load import compute_dtype
 from raytune_ds.model.weights import fingerprint
 from raytune_ds.modelcard import model_card
 from raytune_ds.objectives import OBJECTIVES
-from raytune_ds.rundir import RunDir
 from raytune_ds.saver import Label, Saver, Written
 from raytune_ds.schedule import warmup_steps
-from raytune_ds.tracking import Group, Tracking
+from raytune_ds.tracking import Tracking
 from raytune_ds.world import World
 
 T = TypeVar("T")
-
-Report = Callable[[str, dict[str, Any]], None]
-"""Tells what happens: a kind (start, step, eval, checkpoint, checkpoint_wait, note, warning), its content."""
-
-Judge = Callable[[int], bool]
-"""Whether to train on after the evaluation at some step; asked on rank 0 once its checkpoint is written."""
-
-
-@dataclass(frozen=True)
-class Orders:
-    """What others want of the workers while they train.
-
-    Attributes:
-        judge: if evaluations are judged.
-        stop_asked: whether the run is to stop, at the next step and with a checkpoint; asked on rank 0.
-        is_leaving: whether a node is about to go that was not before; all ranks call it together.
-    """
-
-    judge: Judge | None = None
-    stop_asked: Callable[[], bool] = lambda: False
-    is_leaving: Callable[[], bool] = lambda: False
-
 
 OpenStream = Callable[[Store, Share, range], Iterator[list[Batch]]]
 """How the batches of some steps come to this worker."""
@@ -71,89 +48,6 @@ OpenStream = Callable[[Store, Share, range], Iterator[list[Batch]]]
 # A forward pass on the CPU or a GPU is busy enough with this many tokens; more only takes memory.
 AUTO_MICRO_BATCH_TOKENS = 8192
 EVAL_BATCH = 16
-# A checkpoint that training stands still for longer is worth a line.
-LONG_WAIT_S = 5.0
-# Nodes are given notice of half a minute and more.
-LOOK_EVERY_S = 5.0
-_WEIGHTS_CHANGED = (
-    "\n(model.weights: the files of the base model have changed, or model.name is another model)"
-)
-# Keys of `train` that a run may be continued with another value of. With more steps the schedule stretches.
-MAY_CHANGE = (
-    "num_train_epochs",
-    "max_steps",
-    "micro_batch",
-    "activation_checkpointing",
-    "eval_steps",
-    "logging_steps",
-    "loss_spike_factor",
-    "max_skipped_steps",
-    "on_skipped_steps",
-)
-
-
-@dataclass(frozen=True)
-class Base:
-    """What was found of the base model before the workers start.
-
-    Attributes:
-        fingerprint: tells its weights from others.
-        revision: the commit, if it is of the hub.
-        total: its parameters, with those of an adapter.
-        trainable: those of them that are trained.
-    """
-
-    fingerprint: str
-    revision: str | None
-    total: int
-    trainable: int
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """All that a worker is told.
-
-    Attributes:
-        config: resolved.
-        model: the same as config.model, with a tiny model's directory in place of its name.
-        base: what was found of that model.
-        tokenizer: of the model.
-        store: prepared.
-        run: its directory.
-        ds_config: the user's own DeepSpeed config.
-        lineage: where its settings, or its first steps, come from, for the model card.
-        group: that trackers show the run in.
-    """
-
-    config: Config
-    model: ModelConfig
-    base: Base
-    tokenizer: TokenizerSpec
-    store: Store
-    run: RunDir
-    ds_config: dict[str, Any] | None
-    lineage: str | None = None
-    group: Group | None = None
-
-    @property
-    def plan(self) -> Plan:
-        """How long the run is."""
-        config = self.config
-        return Plan.of(config, self.store.order("train", config.train.global_batch, config.run.seed))
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What has to be the same for a run to go on from a checkpoint."""
-        config = self.config
-        return {
-            "run.seed": config.run.seed,
-            "model.weights": self.base.fingerprint,
-            "model.dtype": self.model.dtype,
-            "adapter": config.adapter.model_dump(mode="json") if config.adapter.kind != "none" else None,
-            "objective": config.objective.model_dump(mode="json"),
-            "data": self.store.manifest.fingerprint,
-            "train": config.train.model_dump(mode="json", exclude=set(MAY_CHANGE)),
-        }
 
 
 @dataclass(frozen=True)
@@ -186,7 +80,7 @@ def run_worker(
     world: World,
     open_stream: OpenStream,
     report: Report,
-    orders: Orders = Orders(),
+    orders: Orders = NO_ORDERS,
 ) -> Outcome:
     """Trains this rank's share of the run, from where its newest checkpoint left it."""
     # A mistake of the user's is returned, not raised: raised, it would look like a crash and be tried again.
@@ -245,7 +139,7 @@ def _run(
                 objective=OBJECTIVES[config.objective.kind],
                 batches=lambda step: open_stream(assignment.store, share, range(step, plan.total_steps)),
                 eval_batches=_eval_batches(assignment, world),
-                hooks=_hooks(assignment, world, engine, saver, tracking, report, orders),
+                hooks=hooks_of(assignment, world, engine, saver, tracking, report, orders),
                 progress=progress,
             )
         except UserError:  # on all ranks alike: what is being written is worth waiting for
@@ -270,15 +164,6 @@ def _run(
         stopped=stopped,
         num_workers=world.size,
     )
-
-
-def differences(there: Any, here: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted key, the value there and the value here, of all in which two identities differ."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in here:
-            yield from differences(there.get(name), here[name], f"{key}.{name}".lstrip("."))
-    elif there != here:
-        yield key, there, here
 
 
 def _note(report: Report, text: str) -> None:
@@ -376,25 +261,6 @@ def _where_to_start(assignment: Assignment, world: World, report: Report) -> tup
     return found
 
 
-def require_same_run(assignment: Assignment, manifest: Manifest) -> None:
-    """Refuses to go on from a checkpoint that was made with other settings.
-
-    Raises:
-        UserError: naming each difference.
-    """
-    changed = [
-        f"  {key}: {then} then, {now} now"
-        for key, then, now in differences(manifest.identity, assignment.identity)
-    ]
-    if changed:
-        raise UserError(
-            f"run.name = {assignment.run.name}: this run was begun with other settings:\n"
-            + "\n".join(changed)
-            + _WEIGHTS_CHANGED * any("model.weights" in line for line in changed)
-            + "\nSet them back to resume it, or choose another run.name to start anew."
-        )
-
-
 def _require_same_parameters(built: Built, reader: Reader) -> None:
     """Refuses the checkpoint of another model or adapter.
 
@@ -476,91 +342,6 @@ def _peak_flops(world: World) -> float | None:
     """Of all workers together; None if it is not known of one of them."""
     peaks = world.gather(peak_flops(world.device))
     return None if None in peaks else sum(peaks)
-
-
-def _hooks(
-    assignment: Assignment,
-    world: World,
-    engine: engines.Engine,
-    saver: Saver,
-    tracking: Tracking | None,
-    report: Report,
-    orders: Orders,
-) -> Hooks:
-    config, plan, run = assignment.config, assignment.plan, assignment.run
-
-    def log(row: Row) -> None:
-        is_step = "loss" in row
-        if tracking is not None:
-            tracking.log(row, plot=not is_step or row["step"] % config.train.logging_steps == 0)
-        if is_step:
-            report("step", row)
-        elif "eval_loss" in row:
-            report("eval", row)
-        elif "checkpoint_wait_s" in row:
-            report("checkpoint_wait", row)
-
-    def save(progress: Progress) -> float:
-        if tracking is not None:
-            tracking.flush()
-        measured = progress.last_eval_loss if progress.eval_step == progress.step else None
-        waited = saver.save(Label(progress.step, asdict(progress), measured))
-        if waited > LONG_WAIT_S:
-            report(
-                "note",
-                {"text": f"step {progress.step}: training stood still for a checkpoint for {waited:.0f}s"},
-            )
-        return waited
-
-    def goes_on(step: int) -> bool:
-        if orders.judge is None:
-            return True
-        saver.wait()  # whoever judges may kill this process at once
-        return bool(world.broadcast(orders.judge(step) if world.is_main else None))
-
-    looked = time.monotonic()
-
-    def wishes() -> tuple[bool, bool]:
-        nonlocal looked
-        if not world.is_main:
-            return False, False
-        looks = time.monotonic() - looked > LOOK_EVERY_S
-        looked = time.monotonic() if looks else looked
-        return looks, orders.stop_asked()
-
-    def is_leaving() -> bool:
-        leaves = orders.is_leaving()
-        if leaves:
-            report("note", {"text": "a node is about to go: taking a checkpoint"})
-        return leaves
-
-    def warn(text: str) -> None:
-        report("warning", {"text": text})
-
-    def go_back(step: int) -> Progress | None:
-        saver.wait()
-        found = checkpoint.newest(run.checkpoints, world, warn, below=step)
-        if found is None:
-            return None
-        path, manifest = found
-        engine.load(Reader(path, manifest), manifest.updates)
-        if tracking is not None:
-            tracking.rewind(manifest.step)
-        return Progress.of(manifest.progress)
-
-    def rows(step: int) -> str:
-        return name_rows(assignment.store, plan.order, step) if world.is_main else ""
-
-    return Hooks(
-        log=log,
-        checkpoint=save,
-        go_back=go_back,
-        goes_on=goes_on,
-        wishes=wishes,
-        is_leaving=is_leaving,
-        warn=warn,
-        rows=rows,
-    )
 
 
 # --------------------------------------------------------------------------------------- what it leaves

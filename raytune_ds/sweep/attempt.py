@@ -18,6 +18,7 @@ import xxhash
 from ray.train import TrainingFailedError
 
 from raytune_ds import checkpoint, cluster
+from raytune_ds.assignment import Assignment
 from raytune_ds.check import Checked, vary
 from raytune_ds.checkpoint import CheckpointError
 from raytune_ds.compose import replaced
@@ -32,7 +33,6 @@ from raytune_ds.sweep.space import Space, Values
 from raytune_ds.sweep.sweepdir import SweepDir
 from raytune_ds.sweepconfig import POPULATION
 from raytune_ds.tracking import Group
-from raytune_ds.worker import Assignment
 
 END_S = 120.0
 """How long a run that is told to end may take: its ranks wait at a report, and have little left to do."""

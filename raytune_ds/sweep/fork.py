@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from raytune_ds import checkpoint, storage
+from raytune_ds.assignment import differences
 from raytune_ds.rundir import RunDir, to_lines
 from raytune_ds.sweep.space import MUTABLE
-from raytune_ds.worker import differences
 
 # The learning rate of a step follows from these alone, so a run can go on with other ones, too.
 _SCHEDULE = ("train.lr_scheduler_type", "train.warmup_ratio", "train.warmup_steps")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from raytune_ds import checkpoint, cluster, lease
+from raytune_ds.assignment import Assignment
 from raytune_ds.check import check
 from raytune_ds.compose import replaced
 from raytune_ds.config import Config
@@ -17,7 +18,6 @@ from raytune_ds.stopping import stoppable
 from raytune_ds.sweep.fork import fork, hindrances
 from raytune_ds.sweep.outcome import full_config
 from raytune_ds.sweep.run import Swept
-from raytune_ds.worker import Assignment
 
 
 def promote(config: Config, swept: Swept, anew: bool) -> Result:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from raytune_ds import checkpoint, worker
+from raytune_ds.assignment import Assignment, Base
 from raytune_ds.compose import dump
 from raytune_ds.config import Config
 from raytune_ds.data import batchid
@@ -22,7 +23,7 @@ from raytune_ds.objectives import OBJECTIVES
 from raytune_ds.rundir import RunDir
 from raytune_ds.trained import Trained
 from raytune_ds.verify import examine
-from raytune_ds.worker import Assignment, Base, Outcome, run_worker
+from raytune_ds.worker import Outcome, run_worker
 from raytune_ds.world import World
 from tests.stores import store_of
 

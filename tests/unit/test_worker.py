@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from raytune_ds import worker
+from raytune_ds.assignment import require_same_run
 from raytune_ds.checkpoint import Manifest
 from raytune_ds.errors import UserError
 from raytune_ds.rundir import RunDir
-from raytune_ds.worker import require_same_run
 
 IDENTITY = {"run.seed": 0, "model.weights": "0123", "train": {"learning_rate": 1e-4, "global_batch": 8}}
 

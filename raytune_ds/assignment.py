@@ -1,0 +1,124 @@
+"""What a worker is told, and what of it has to be the same for a run to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from raytune_ds.checkpoint import Manifest
+from raytune_ds.config import Config, ModelConfig
+from raytune_ds.data.store import Store
+from raytune_ds.data.tokenizer import TokenizerSpec
+from raytune_ds.errors import UserError
+from raytune_ds.loop import Plan
+from raytune_ds.rundir import RunDir
+from raytune_ds.tracking import Group
+
+_WEIGHTS_CHANGED = (
+    "\n(model.weights: the files of the base model have changed, or model.name is another model)"
+)
+# Keys of `train` that a run may be continued with another value of. With more steps the schedule stretches.
+MAY_CHANGE = (
+    "num_train_epochs",
+    "max_steps",
+    "micro_batch",
+    "activation_checkpointing",
+    "eval_steps",
+    "logging_steps",
+    "loss_spike_factor",
+    "max_skipped_steps",
+    "on_skipped_steps",
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What was found of the base model before the workers start.
+
+    Attributes:
+        fingerprint: tells its weights from others.
+        revision: the commit, if it is of the hub.
+        total: its parameters, with those of an adapter.
+        trainable: those of them that are trained.
+    """
+
+    fingerprint: str
+    revision: str | None
+    total: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """All that a worker is told.
+
+    Attributes:
+        config: resolved.
+        model: the same as config.model, with a tiny model's directory in place of its name.
+        base: what was found of that model.
+        tokenizer: of the model.
+        store: prepared.
+        run: its directory.
+        ds_config: the user's own DeepSpeed config.
+        lineage: where its settings, or its first steps, come from, for the model card.
+        group: that trackers show the run in.
+    """
+
+    config: Config
+    model: ModelConfig
+    base: Base
+    tokenizer: TokenizerSpec
+    store: Store
+    run: RunDir
+    ds_config: dict[str, Any] | None
+    lineage: str | None = None
+    group: Group | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """How long the run is."""
+        config = self.config
+        return Plan.of(config, self.store.order("train", config.train.global_batch, config.run.seed))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same for a run to go on from a checkpoint."""
+        config = self.config
+        return {
+            "run.seed": config.run.seed,
+            "model.weights": self.base.fingerprint,
+            "model.dtype": self.model.dtype,
+            "adapter": config.adapter.model_dump(mode="json") if config.adapter.kind != "none" else None,
+            "objective": config.objective.model_dump(mode="json"),
+            "data": self.store.manifest.fingerprint,
+            "train": config.train.model_dump(mode="json", exclude=set(MAY_CHANGE)),
+        }
+
+
+def differences(there: Any, here: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key, the value there and the value here, of all in which two identities differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in here:
+            yield from differences(there.get(name), here[name], f"{key}.{name}".lstrip("."))
+    elif there != here:
+        yield key, there, here
+
+
+def require_same_run(assignment: Assignment, manifest: Manifest) -> None:
+    """Refuses to go on from a checkpoint that was made with other settings.
+
+    Raises:
+        UserError: naming each difference.
+    """
+    changed = [
+        f"  {key}: {then} then, {now} now"
+        for key, then, now in differences(manifest.identity, assignment.identity)
+    ]
+    if changed:
+        raise UserError(
+            f"run.name = {assignment.run.name}: this run was begun with other settings:\n"
+            + "\n".join(changed)
+            + _WEIGHTS_CHANGED * any("model.weights" in line for line in changed)
+            + "\nSet them back to resume it, or choose another run.name to start anew."
+        )
