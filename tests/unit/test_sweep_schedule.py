@@ -507,6 +507,39 @@ def test_hyperband_comes_to_the_same_in_whatever_order_it_comes_again(file: Path
         assert again.report(8, made_report(6, 99.0)) == CONTINUE
 
 
+def test_hyperband_goes_on_without_a_trial_that_is_lost_in_a_later_round(file: Path) -> None:
+    """Of nine three are left at report 1; two of them wait at report 3, where the last one is no number."""
+    tuner = Tuner(file, "hyperband")
+    tuner.add(*range(1, 18))
+    for number in range(9, 18):
+        tuner.report(number, made_report(1, 1.0 * number))
+    assert [n for n in range(9, 18) if tuner.journal.trial(n).status == "running"] == [9, 10, 11]
+    for number in (9, 10, 11):
+        tuner.trials[number].status = "RUNNING"
+    assert [tuner.report(number, made_report(3, 1.0)) for number in (9, 10)] == ["PAUSE", "PAUSE"]
+    assert tuner.report(11, made_report(3, float("nan"))) == STOP
+    for number in range(1, 9):
+        tuner.trials[number].status = "TERMINATED"  # of other brackets
+    chosen = tuner.scheduler.choose_trial_to_run(tuner)
+    assert chosen in (tuner.trials[9], tuner.trials[10])
+
+
+def test_trials_that_a_budget_stopped_go_on_with_a_larger_one(file: Path) -> None:
+    tuner = Tuner(file, budget={"tokens": 300})
+    tuner.add(1, 2)
+    reports = [(1, 1), (2, 2), (1, 2)]  # what is spent is known when the next one comes
+    assert [tuner.report(n, made_report(at, 1.0)) for n, at in reports] == [CONTINUE, CONTINUE, STOP]
+    same = Tuner(file, budget={"tokens": 300})
+    same.course.go_on()
+    assert same.journal.trial(1).status == "stopped"
+    more = Tuner(file, budget={"tokens": 9000})
+    more.course.go_on()
+    assert more.journal.trial(1).status == "running"
+    more.add(1, 2)
+    assert more.trials[1].config["ended"] is None
+    assert [more.report(1, made_report(at, 1.0)) for at in (1, 2)] == [CONTINUE, CONTINUE]
+
+
 @pytest.mark.parametrize("gone", ["TERMINATED", "ERROR"])
 def test_a_population_does_not_wait_for_one_that_is_gone(tmp_path: Path, gone: str) -> None:
     """Two wait at their first report for a third, which ends without one: they are let on to the second."""

@@ -1,0 +1,103 @@
+"""The way between the workers and the driver: nothing that was told is lost, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from raytune_ds import fitting
+from raytune_ds.fitting import Mailbox, _Following
+
+Post = Mailbox.__ray_metadata__.modified_class
+
+
+class Remote:
+    """A mailbox whose answers come when they are asked for; some of them late."""
+
+    def __init__(self, late: int) -> None:
+        self.late, self.posts, self.judged, self.stopped = late, [("eval", {"step": 3})], list[Any](), False
+        self.take = SimpleNamespace(remote=self._take)
+        self.judge = SimpleNamespace(remote=lambda step, goes_on: self.judged.append((step, goes_on)))
+        self.stop = SimpleNamespace(remote=lambda: setattr(self, "stopped", True))
+
+    def _take(self) -> list[Any]:
+        taken, self.posts = self.posts, []
+        return taken
+
+    def get(self, answer: list[Any], timeout: float) -> list[Any]:
+        if self.late:
+            self.late -= 1
+            raise ray.exceptions.GetTimeoutError
+        return answer
+
+
+class Watcher:
+    """Says no to the third step, or fails."""
+
+    judges = True
+
+    def __init__(self, fails: bool = False) -> None:
+        self._fails = fails
+
+    def show(self, kind: str, content: dict[str, Any]) -> None:
+        if self._fails:
+            raise ValueError(kind)
+
+    def goes_on(self, step: int) -> bool:
+        return step != 3
+
+
+def followed(monkeypatch: pytest.MonkeyPatch, mailbox: Remote, watcher: Watcher) -> None:
+    """Follows the mailbox until somebody was judged."""
+    monkeypatch.setattr(fitting, "POLL_S", 0.001)
+    monkeypatch.setattr(fitting.ray, "get", mailbox.get)
+    with _Following(mailbox, watcher, []):  # type: ignore[arg-type]
+        for _ in range(2000):
+            if mailbox.judged:
+                break
+            threading.Event().wait(0.005)
+
+
+def test_an_answer_that_comes_late_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers wait for the verdict that it asks for."""
+    mailbox = Remote(late=3)
+    followed(monkeypatch, mailbox, Watcher())
+    assert (mailbox.judged, mailbox.stopped) == ([(3, False)], False)
+
+
+def test_a_watcher_that_fails_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mailbox = Remote(late=0)
+    followed(monkeypatch, mailbox, Watcher(fails=True))
+    assert (mailbox.judged, mailbox.stopped) == ([(0, False)], True)
+    assert "could not be dealt with: ValueError('eval')" in capsys.readouterr().err
+
+
+def test_a_verdict_is_for_its_step_and_an_end_for_all() -> None:
+    """Whoever was restarted asks about a later step than the one that was judged."""
+
+    async def verdicts() -> list[Any]:
+        post = Post("run")
+        asked = [asyncio.create_task(post.verdict(step)) for step in (1, 2, 3)]
+        await asyncio.sleep(0)
+        await post.judge(1, True)
+        done = [task.done() for task in [asked[0], *asked[1:]] if not await asyncio.sleep(0)]
+        await post.judge(2, False)
+        return [done, *await asyncio.gather(*asked), await post.verdict(4)]
+
+    assert asyncio.run(asyncio.wait_for(verdicts(), 10)) == [[True, False, False], True, False, False, False]
+
+
+def test_a_verdict_may_come_before_it_is_asked_for() -> None:
+    async def verdict() -> bool:
+        post = Post("run")
+        await post.judge(1, True)
+        return bool(await post.verdict(1))
+
+    assert asyncio.run(asyncio.wait_for(verdict(), 10))

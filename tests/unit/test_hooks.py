@@ -1,0 +1,54 @@
+"""What the loop sets off, in the order that others rely on."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raytune_ds import hooks
+from raytune_ds.hooks import Orders, hooks_of
+from raytune_ds.world import World
+
+ASSIGNMENT: Any = SimpleNamespace(config=None, plan=None, run=None)
+
+
+def made(orders: Orders, saver: Any = None, told: list[Any] | None = None) -> hooks.Hooks:
+    """Hooks of a run of one rank."""
+    heard = [] if told is None else told
+    return hooks_of(
+        ASSIGNMENT,
+        World.alone(),
+        None,
+        saver,
+        None,
+        lambda *event: heard.append(event),
+        orders,  # type: ignore[arg-type]
+    )
+
+
+def test_who_judges_is_asked_once_the_checkpoint_is_written() -> None:
+    """For it may end this process at once."""
+    happened: list[Any] = []
+    saver = SimpleNamespace(wait=lambda: happened.append("written"))
+    judged = made(Orders(judge=lambda step: bool(happened.append(step))), saver)
+    assert not judged.goes_on(3)
+    assert happened == ["written", 3]
+
+
+def test_a_run_that_nobody_judges_waits_for_nothing() -> None:
+    assert made(Orders()).goes_on(3)
+
+
+def test_nodes_are_looked_at_now_and_then_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(hooks.time, "monotonic", lambda: now[0])
+    told: list[Any] = []
+    wishing = made(Orders(stop_asked=lambda: now[0] > 8, is_leaving=lambda: True), told=told)
+    wishes = []
+    for now[0] in (1.0, 5.5, 6.0, 9.0, 11.0):
+        wishes.append(wishing.wishes())
+    assert wishes == [(False, False), (True, False), (False, False), (False, True), (True, True)]
+    assert wishing.is_leaving()
+    assert told == [("note", {"text": "a node is about to go: taking a checkpoint"})]
