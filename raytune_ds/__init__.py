@@ -15,6 +15,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     data/scatter, buckets, prepare (R) the Ray Data job: rows, scattered over buckets, packed
     data/share, batch, stream (R)      what a rank reads of a global batch, as `Batch`es, read ahead
     world, rundir, lease               the ranks; the run directory; one driver a run
+    watch, downtime, stacks            workers that hang; what a restart costs; the stacks of a process
     model/                             tiny models, packed attention and losses, weights by ranges, adapters; build:
                                        the module that is trained, without weights yet
     objectives/, engines/              a batch to a loss sum; gradients to an update, and who holds which part
@@ -25,7 +26,9 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     generate, evaluate                 answers and scores of a finished run
     network, nodes (R), doctor/        the interface between nodes; a function on each of them; what is wrong
     check, cluster, preflight (R)      what is tried first, of the config and of the cluster; the Ray it runs on
-    metrics, torchgroup, fitting (R)   the run as Ray metrics; torch's process group; a run on Ray Train
+    metrics, torchgroup (R)            the run as Ray metrics; torch's process group
+    mailbox, rayworker, fitting (R)    between workers and driver; a worker inside Ray Train; a run on it
+    rescue                             what is done about workers that hang
     launch (R)                         a config to a finished run
     sweep/ (R)                         many runs that differ in a few settings: space and journal; searchers and
                                        schedulers; a trial, as Ray Tune sees it; leaderboard, page, promotion

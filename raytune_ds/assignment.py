@@ -105,16 +105,22 @@ def differences(there: Any, here: Any, key: str = "") -> Iterator[tuple[str, Any
         yield key, there, here
 
 
-def require_same_run(assignment: Assignment, manifest: Manifest) -> None:
+def require_same_run(
+    assignment: Assignment, manifest: Manifest, before: dict[str, Any] | None = None
+) -> None:
     """Refuses to go on from a checkpoint that was made with other settings.
+
+    Args:
+        assignment: of the run.
+        manifest: of the checkpoint.
+        before: the config that the run had, as config.json holds it, if that is known.
 
     Raises:
         UserError: naming each difference.
     """
-    changed = [
-        f"  {key}: {then} then, {now} now"
-        for key, then, now in differences(manifest.identity, assignment.identity)
-    ]
+    changed: list[str] = []
+    for key, then, now in differences(manifest.identity, assignment.identity):
+        changed += _of_the_data(assignment, before) if key == "data" else [f"  {key}: {then} then, {now} now"]
     if changed:
         raise UserError(
             f"run.name = {assignment.run.name}: this run was begun with other settings:\n"
@@ -122,3 +128,30 @@ def require_same_run(assignment: Assignment, manifest: Manifest) -> None:
             + _WEIGHTS_CHANGED * any("model.weights" in line for line in changed)
             + "\nSet them back to resume it, or choose another run.name to start anew."
         )
+
+
+def _of_the_data(assignment: Assignment, before: dict[str, Any] | None) -> list[str]:
+    """Why the prepared data is another one."""
+    now = assignment.config.model_dump(mode="json")["data"]
+    keys = (
+        [
+            f"  {key}: {then} then, {value} now"
+            for key, then, value in differences(before["data"], now, "data")
+        ]
+        if before
+        else []
+    )
+    return keys or [
+        "  data: the files of data.sources have other rows, or the tokenizer makes other tokens of them"
+    ]
+
+
+def harmless_changes(assignment: Assignment, before: dict[str, Any]) -> list[str]:
+    """Settings that a run goes on with although they were others, `key: then -> now` each.
+
+    Args:
+        assignment: of the run.
+        before: the config that the run had, as config.json holds it.
+    """
+    found = differences(before, assignment.config.model_dump(mode="json"))
+    return [f"{key}: {then} -> {now}" for key, then, now in found if not key.startswith("run.")]

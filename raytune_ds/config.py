@@ -508,6 +508,20 @@ class ScalingConfig(Section):
         "of its newest step. 2: Ray kills a job after three (RAY_JOB_STOP_WAIT_TIME_S raises it).",
     )
 
+    hang_timeout_s: float | None = Field(
+        default=600.0,
+        gt=0,
+        description="Seconds without a sign of progress (a micro-batch, a tensor of a checkpoint) after which workers "
+        "count as hung: their stacks go to hangs/ in the run directory, and those that hold up the others are ended, "
+        "which restarts the group. null: never. 600: no micro-batch takes as long, and a cluster that stands still "
+        "costs more.",
+    )
+    collective_timeout_s: Count = Field(
+        default=1800,
+        description="Seconds after which a rank that waits for the others in a collective gives up: torch's timeout of "
+        "a process group. 1800: as in Ray Train, long enough for nodes that load a large model at unequal speed.",
+    )
+
     @field_validator("num_workers")
     @classmethod
     def _fewest_come_first(cls, num_workers: Any) -> Any:

@@ -43,6 +43,9 @@ class Display:
         """One event: its kind and content as the worker reported them."""
         getattr(self, f"_show_{kind}")(content)
 
+    def _show_arrived(self, content: dict[str, Any]) -> None:
+        """Nothing: there is more to tell once they train."""
+
     def _show_start(self, content: dict[str, Any]) -> None:
         self._close()
         first, total = content["step"] + 1, content["total_steps"]

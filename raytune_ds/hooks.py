@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from raytune_ds import checkpoint
@@ -15,6 +15,7 @@ from raytune_ds.engines import Engine
 from raytune_ds.loop import Hooks, Progress, Row
 from raytune_ds.saver import Label, Saver
 from raytune_ds.tracking import Tracking
+from raytune_ds.watch import Pulse
 from raytune_ds.world import World
 
 Report = Callable[[str, dict[str, Any]], None]
@@ -32,14 +33,15 @@ class Orders:
         judge: if evaluations are judged.
         stop_asked: whether the run is to stop, at the next step and with a checkpoint; asked on rank 0.
         is_leaving: whether a node is about to go that was not before; all ranks call it together.
+        pulse: what they see of this worker meanwhile.
     """
 
     judge: Judge | None = None
     stop_asked: Callable[[], bool] = lambda: False
     is_leaving: Callable[[], bool] = lambda: False
+    pulse: Pulse = field(default_factory=Pulse)
 
 
-NO_ORDERS = Orders()
 # A checkpoint that training stands still for longer is worth a line.
 LONG_WAIT_S = 5.0
 # Nodes are given notice of half a minute and more.
@@ -135,6 +137,8 @@ def hooks_of(
         checkpoint=save,
         go_back=go_back,
         goes_on=goes_on,
+        moves=orders.pulse.moves,
+        lives=orders.pulse.lives,
         wishes=wishes,
         is_leaving=is_leaving,
         warn=warn,

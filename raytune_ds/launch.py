@@ -11,7 +11,7 @@ from typing import Any
 from ray.train import TrainingFailedError
 
 from raytune_ds import checkpoint, cluster, lease, storage
-from raytune_ds.assignment import Assignment, require_same_run
+from raytune_ds.assignment import Assignment, harmless_changes, require_same_run
 from raytune_ds.check import Checked, check
 from raytune_ds.compose import dump, replaced
 from raytune_ds.config import Config
@@ -19,6 +19,7 @@ from raytune_ds.console import human_count, human_time, say, warn
 from raytune_ds.data import prepared
 from raytune_ds.data.prepare import prepare
 from raytune_ds.display import Display
+from raytune_ds.downtime import Restart
 from raytune_ds.errors import UserError
 from raytune_ds.fitting import Fitting, Watcher
 from raytune_ds.naming import stem
@@ -37,7 +38,7 @@ class Result:
         run: the run directory.
         wall_time_s: of this launch, from its first check to its end; that of earlier launches is not in it.
         progress: of a run that is not finished, that of its newest checkpoint.
-        restarts: why each restart of the worker group happened.
+        restarts: why each restart of the worker group happened and what it cost, as `downtime.Restart` says.
     """
 
     status: str
@@ -49,7 +50,7 @@ class Result:
     trainable_parameters: int
     peak_memory_mib: tuple[float, ...]
     final_bytes: int
-    restarts: tuple[str, ...]
+    restarts: tuple[dict[str, Any], ...]
     error: str | None = None
 
 
@@ -108,7 +109,7 @@ def train(assignment: Assignment, scale: cluster.Scale, started: float, watcher:
     resume = f"the same command with run.name={assignment.run.name} resumes it"
 
     def write(status: str, outcome: Outcome) -> Result:
-        return _write_result(assignment, scale, started, status, outcome, fitting.restarts)
+        return _write_result(assignment, scale, started, status, outcome, fitting.downtime.restarts)
 
     fitting = Fitting(assignment, scale, watcher)
     try:
@@ -146,7 +147,7 @@ def _write_result(
     started: float,
     status: str,
     outcome: Outcome,
-    restarts: list[str],
+    restarts: list[Restart],
 ) -> Result:
     result = Result(
         status=status,
@@ -158,7 +159,7 @@ def _write_result(
         trainable_parameters=outcome.trainable,
         peak_memory_mib=tuple(round(m, 1) for m in outcome.peak_memory_mib),
         final_bytes=outcome.final_bytes,
-        restarts=tuple(restarts),
+        restarts=tuple(map(dataclasses.asdict, restarts)),
         error=outcome.error,
     )
     storage.write_json(assignment.run.result, dataclasses.asdict(result))
@@ -193,10 +194,22 @@ def _claim(assignment: Assignment) -> None:
 
     How it ended the last time is no longer true.
     """
+    before = _config_before(assignment.run)
+    if before is not None and checkpoint.steps(assignment.run.checkpoints):
+        for change in harmless_changes(assignment, before):
+            say(f"going on with another setting than before: {change}")
     storage.make_dir(assignment.run.path)
     storage.delete_file(assignment.run.result)
     config = replaced(assignment.config, run={"name": assignment.run.name})
     storage.write_bytes(assignment.run.config, dump(config).encode())
+
+
+def _config_before(run: RunDir) -> dict[str, Any] | None:
+    """As the last launch left it; None if there was none, or a crash of the machine left half of it."""
+    with contextlib.suppress(ValueError):
+        values = storage.read_json(run.config)
+        return values if isinstance(values, dict) else None
+    return None
 
 
 def _finished_before(assignment: Assignment) -> Result | None:
@@ -209,7 +222,8 @@ def _finished_before(assignment: Assignment) -> Result | None:
     if steps := checkpoint.steps(root):
         with contextlib.suppress(checkpoint.CheckpointError):
             # Workers look closer; this answers at once in the usual case.
-            require_same_run(assignment, checkpoint.read_manifest(checkpoint.directory(root, steps[-1])))
+            manifest = checkpoint.read_manifest(checkpoint.directory(root, steps[-1]))
+            require_same_run(assignment, manifest, _config_before(assignment.run))
     values = storage.read_json(assignment.run.result)
     if values is None or values["status"] != "finished" or not storage.exists(assignment.run.final):
         return None

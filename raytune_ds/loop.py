@@ -71,6 +71,8 @@ class Hooks:
         go_back: loads the newest checkpoint from before a step, and returns the progress in it; None if there is no
             checkpoint. All ranks call it together.
         goes_on: whether to train on after an evaluation; the same on all ranks, which call it together.
+        moves: hears what the rank is at, at each place where ranks wait for each other.
+        lives: called in between, for each batch.
         wishes: whether this rank wants all to look for a node that is about to go, and whether it wants the end.
         is_leaving: whether one is; all ranks call it together, after one of them wished it.
         warn: takes what somebody should look at; called on every rank.
@@ -81,6 +83,8 @@ class Hooks:
     checkpoint: Callable[[Progress], float]
     go_back: Callable[[int], Progress | None] = lambda step: None
     goes_on: Callable[[int], bool] = lambda step: True
+    moves: Callable[[str], None] = lambda doing: None
+    lives: Callable[[], None] = lambda: None
     wishes: Callable[[], tuple[bool, bool]] = lambda: (False, False)
     is_leaving: Callable[[], bool] = lambda: False
     warn: Callable[[str], None] = lambda text: None
@@ -145,12 +149,17 @@ def train(
     guard = Guard(config.train, progress.lapses)
     engine.module.train()
 
+    def loss_of(module: nn.Module, batch: Batch) -> torch.Tensor:
+        hooks.lives()
+        return objective(module, batch)
+
     def step(micro_batches: list[Batch], started: float) -> tuple[bool, bool]:
+        hooks.moves(f"computing step {progress.step + 1}")
         data_wait = time.perf_counter() - started
         lr = config.train.learning_rate * multiplier(progress.step)
         seed_step(config.run.seed, progress.step, world.rank)
         wishes = hooks.wishes()
-        row = optimizer_step(engine, objective, micro_batches, world, lr, wishes, guard.highest_loss)
+        row = optimizer_step(engine, loss_of, micro_batches, world, lr, wishes, guard.highest_loss)
         wishes = row.pop("wishes")
         progress.step += 1
         seconds = time.perf_counter() - started
@@ -166,11 +175,13 @@ def train(
 
     def evaluate() -> None:
         if eval_batches is not None:
-            loss = mean_loss(engine.module, objective, eval_batches(), world)
+            hooks.moves(f"measuring the held-out loss after step {progress.step}")
+            loss = mean_loss(engine.module, loss_of, eval_batches(), world)
             _note_eval(progress, loss)
             hooks.log({"step": progress.step, "eval_loss": loss})
 
     def save() -> None:
+        hooks.moves(f"taking the checkpoint of step {progress.step}")
         waited = hooks.checkpoint(progress)
         progress.checkpoint_wait_s += waited
         hooks.log({"step": progress.step, "checkpoint_wait_s": waited})
@@ -193,6 +204,7 @@ def train(
     goes_on, stream = True, batches(progress.step)
     while goes_on and progress.step < plan.total_steps:
         started = time.perf_counter()
+        hooks.moves(f"fetching the batch of step {progress.step + 1}")
         micro_batches = next(stream)
         looks = stops = False
         if guard.leaves_out(progress.step + 1):
@@ -213,6 +225,7 @@ def train(
         if saved:
             save()
         if plan.evaluates(progress.step) and progress.step < plan.total_steps:
+            hooks.moves(f"waiting for the verdict on step {progress.step}")
             goes_on = hooks.goes_on(progress.step)
         goes_on = goes_on and not stops
         if not (goes_on or saved):

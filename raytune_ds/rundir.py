@@ -7,6 +7,7 @@ final/           the adapter, or the model
 result.json      how it ended
 ds_config.json   what DeepSpeed was really given, where it was the engine
 driver.json      who runs it, while it runs
+hangs/           the stacks of workers that stopped answering
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ class RunDir:
     def ds_config(self) -> str:
         """What DeepSpeed was really given."""
         return f"{self.path}/ds_config.json"
+
+    @property
+    def hangs(self) -> str:
+        """The folder of the stacks of workers that hung, a folder each time."""
+        return f"{self.path}/hangs"
 
     @property
     def tensorboard(self) -> str:

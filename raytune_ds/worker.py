@@ -27,7 +27,7 @@ from raytune_ds.data.tokenizer import load_tokenizer
 from raytune_ds.engines.choose import Choice, choose
 from raytune_ds.errors import UserError
 from raytune_ds.export import ExportError, Final, describe, save_final
-from raytune_ds.hooks import NO_ORDERS, Orders, Report, hooks_of
+from raytune_ds.hooks import Orders, Report, hooks_of
 from raytune_ds.loop import Progress, train
 from raytune_ds.model.build import Built, build
 from raytune_ds.model.flops import Flops, peak_flops
@@ -80,12 +80,12 @@ def run_worker(
     world: World,
     open_stream: OpenStream,
     report: Report,
-    orders: Orders = NO_ORDERS,
+    orders: Orders | None = None,
 ) -> Outcome:
     """Trains this rank's share of the run, from where its newest checkpoint left it."""
     # A mistake of the user's is returned, not raised: raised, it would look like a crash and be tried again.
     try:
-        return _run(assignment, world, open_stream, report, orders)
+        return _run(assignment, world, open_stream, report, orders or Orders())
     except UserError as error:
         return Outcome(error=str(error))
 
@@ -106,7 +106,7 @@ def _run(
     found = _where_to_start(assignment, world, report)
     tracking = world.together(lambda: _open_tracking(assignment, world, found, report))
     engine = engines.build(choice.kind, _task(assignment, world, choice, built, report))
-    saver = _saver(assignment, world, engine, built, report)
+    saver = _saver(assignment, world, engine, built, report, orders.pulse.lives)
     progress = Progress()
     if found is not None:
         path, manifest = found
@@ -142,6 +142,7 @@ def _run(
                 hooks=hooks_of(assignment, world, engine, saver, tracking, report, orders),
                 progress=progress,
             )
+            orders.pulse.rests()
         except UserError:  # on all ranks alike: what is being written is worth waiting for
             saver.close()
             if tracking is not None:
@@ -321,7 +322,12 @@ def _eval_batches(assignment: Assignment, world: World) -> Callable[[], Iterator
 
 
 def _saver(
-    assignment: Assignment, world: World, engine: engines.Engine, built: Built, report: Report
+    assignment: Assignment,
+    world: World,
+    engine: engines.Engine,
+    built: Built,
+    report: Report,
+    lives: Callable[[], None],
 ) -> Saver:
     def done(written: Written) -> None:
         report("checkpoint", {"step": written.label.step, **asdict(written)})
@@ -335,6 +341,7 @@ def _saver(
         world=world,
         done=done,
         warn=lambda text: report("warning", {"text": text}),
+        lives=lives,
     )
 
 

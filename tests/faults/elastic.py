@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import threading
+from itertools import takewhile
 from pathlib import Path
 
 # Deaths are noticed soon, and growth is looked for often.
@@ -25,36 +26,49 @@ import ray
 from ray.cluster_utils import Cluster
 
 from raytune_ds.compose import compose
-from raytune_ds.launch import launch
+from raytune_ds.launch import Result, launch
+from raytune_ds.rundir import parse_lines
 
-LOST_AFTER, BACK_AFTER = 8, 20
-"""Optimizer steps."""
+STEPS = 25
+"""That each number of workers makes: enough for a checkpoint of what they did."""
 
 
-def steps(metrics: Path) -> int:
-    """Done so far."""
-    return metrics.read_bytes().count(b'"loss"') if metrics.exists() else 0
+def steps_on(size: int, metrics: Path) -> int:
+    """Made so far on so many workers; 0 unless the newest was."""
+    rows = [row for row in parse_lines(metrics.read_bytes()) if "loss" in row] if metrics.exists() else []
+    if not rows or rows[-1]["world_size"] != size:
+        return 0
+    return len(list(takewhile(lambda row: row["world_size"] == size, reversed(rows))))
+
+
+def wait_for(size: int, metrics: Path, run: threading.Thread) -> None:
+    """Until steps are made on so many workers."""
+    while steps_on(size, metrics) < STEPS:
+        assert run.is_alive(), f"the run ended before it had {size} workers"
+        threading.Event().wait(0.2)
 
 
 def main(storage: str, *overrides: str) -> None:
-    """Runs it."""
+    """Runs it in a thread, for Ray adds nodes in the main one only."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False, logging_level="CRITICAL")
     metrics = Path(storage) / "elastic" / "metrics.jsonl"
+    results: list[Result] = []
 
-    def weather() -> None:
-        while steps(metrics) < LOST_AFTER:
-            threading.Event().wait(0.05)
-        cluster.remove_node(nodes[1], allow_graceful=False)
-        while steps(metrics) < BACK_AFTER:
-            threading.Event().wait(0.05)
-        cluster.add_node(num_cpus=1)
+    def train() -> None:
+        results.append(launch(compose([], [f"run.storage={storage}", "run.name=elastic", *overrides])))
 
-    threading.Thread(target=weather, daemon=True).start()
-    result = launch(compose([], [f"run.storage={storage}", "run.name=elastic", *overrides]))
-    print(json.dumps({"status": result.status, "restarts": len(result.restarts)}))
+    run = threading.Thread(target=train)
+    run.start()
+    wait_for(3, metrics, run)
+    cluster.remove_node(nodes[1], allow_graceful=False)
+    wait_for(2, metrics, run)
+    cluster.add_node(num_cpus=1)
+    wait_for(3, metrics, run)
+    run.join()
+    print(json.dumps({"status": results[0].status, "restarts": len(results[0].restarts)}), flush=True)
     ray.shutdown()
     cluster.shutdown()
 

@@ -11,7 +11,10 @@ import pytest
 import ray
 
 from raytune_ds import fitting
-from raytune_ds.fitting import Mailbox, _Following
+from raytune_ds.downtime import Downtime
+from raytune_ds.fitting import _Following
+from raytune_ds.mailbox import Mailbox
+from raytune_ds.rundir import RunDir
 
 Post = Mailbox.__ray_metadata__.modified_class
 
@@ -20,7 +23,12 @@ class Remote:
     """A mailbox whose answers come when they are asked for; some of them late."""
 
     def __init__(self, late: int) -> None:
-        self.late, self.posts, self.judged, self.stopped = late, [("eval", {"step": 3})], list[Any](), False
+        self.late, self.posts, self.judged, self.stopped = (
+            late,
+            [("eval", {"step": 3}, 0.0)],
+            list[Any](),
+            False,
+        )
         self.take = SimpleNamespace(remote=self._take)
         self.judge = SimpleNamespace(remote=lambda step, goes_on: self.judged.append((step, goes_on)))
         self.stop = SimpleNamespace(remote=lambda: setattr(self, "stopped", True))
@@ -56,7 +64,7 @@ def followed(monkeypatch: pytest.MonkeyPatch, mailbox: Remote, watcher: Watcher)
     """Follows the mailbox until somebody was judged."""
     monkeypatch.setattr(fitting, "POLL_S", 0.001)
     monkeypatch.setattr(fitting.ray, "get", mailbox.get)
-    with _Following(mailbox, watcher, []):  # type: ignore[arg-type]
+    with _Following(mailbox, watcher, RunDir("/nowhere"), Downtime()):  # type: ignore[arg-type]
         for _ in range(2000):
             if mailbox.judged:
                 break

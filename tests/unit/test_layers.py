@@ -26,7 +26,7 @@ ROOMS = """
     data.batchid data.store data.share data.tokenizer data.inputs data.rows
     data.prepared
     data.template data.scatter data.buckets data.batch data.stream data.prepare data.show
-    world rundir lease
+    world rundir lease watch downtime stacks
     model.tiny model.attention model.packed model.weights model.load model.adapters model.build model.flops
     schedule guard
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo
@@ -36,7 +36,7 @@ ROOMS = """
     checkpoint saver tracking modelcard export loop assignment hooks worker generate evaluate
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
     doctor.cluster doctor.report stopping check
-    cluster preflight torchgroup display metrics fitting launch
+    cluster preflight torchgroup display metrics mailbox rescue rayworker fitting launch
     sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports sweep.fork sweep.leaderboard sweep.plots
     sweep.influence sweep.report sweep.course sweep.outcome sweep.attempt sweep.trainable sweep.search sweep.schedule
     sweep.board sweep.run sweep.promote sweep.__main__
@@ -63,6 +63,8 @@ RESERVED = {
         "cluster",
         "torchgroup",
         "metrics",
+        "mailbox",
+        "rayworker",
         "fitting",
         "launch",
         "sweep.attempt",

@@ -9,19 +9,22 @@ from typing import Any
 import pytest
 
 from raytune_ds import worker
-from raytune_ds.assignment import require_same_run
+from raytune_ds.assignment import harmless_changes, require_same_run
 from raytune_ds.checkpoint import Manifest
+from raytune_ds.compose import compose
 from raytune_ds.errors import UserError
 from raytune_ds.rundir import RunDir
 
 IDENTITY = {"run.seed": 0, "model.weights": "0123", "train": {"learning_rate": 1e-4, "global_batch": 8}}
 
 
-def refusal(**changes: Any) -> str:
+def refusal(before: dict[str, Any] | None = None, overrides: tuple[str, ...] = (), **changes: Any) -> str:
     """What is said of a run that goes on with these changes."""
-    assignment: Any = SimpleNamespace(run=RunDir("/runs/one"), identity=IDENTITY | changes)
+    assignment: Any = SimpleNamespace(
+        run=RunDir("/runs/one"), identity=IDENTITY | changes, config=compose([], overrides)
+    )
     with pytest.raises(UserError) as caught:
-        require_same_run(assignment, Manifest(1, 1, IDENTITY, {}, None, {}, ()))
+        require_same_run(assignment, Manifest(1, 1, IDENTITY, {}, None, {}, ()), before)
     return str(caught.value)
 
 
@@ -41,6 +44,25 @@ def test_a_base_model_that_has_changed_is_named() -> None:
     message = refusal(**{"model.weights": "4567"})
     assert "model.weights: 0123 then, 4567 now" in message
     assert "the files of the base model have changed" in message
+
+
+def test_of_other_data_the_keys_are_named_that_made_it() -> None:
+    before = compose([], []).model_dump(mode="json")
+    message = refusal(before, ("data.seq_len=128",), data="4567")
+    assert "data.seq_len: 2048 then, 128 now" in message
+    assert "the files of data.sources have other rows" in refusal(before, data="4567")
+    assert "the files of data.sources have other rows" in refusal(None, ("data.seq_len=128",), data="4567")
+
+
+def test_settings_that_change_nothing_are_listed() -> None:
+    before = compose([], ["run.name=one"]).model_dump(mode="json")
+    overrides = ["run.name=two", "train.num_train_epochs=5", "engine.kind=fsdp"]
+    assignment: Any = SimpleNamespace(config=compose([], overrides))
+    assert harmless_changes(assignment, before) == [
+        "train.num_train_epochs: 3.0 -> 5.0",
+        "engine.kind: auto -> fsdp",
+    ]
+    assert harmless_changes(SimpleNamespace(config=compose([], [])), before) == []  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("there", [False, True])

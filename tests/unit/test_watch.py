@@ -1,0 +1,131 @@
+"""Workers that stop answering are found, and only they."""
+
+from __future__ import annotations
+
+import pytest
+
+from raytune_ds.watch import Hang, Pulse, Watch
+
+
+def watched(timeout_s: float | None = 10.0, size: int = 3) -> tuple[Watch, list[Pulse]]:
+    watch, pulses = Watch(timeout_s), [Pulse(rank) for rank in range(size)]
+    watch.begin()
+    for pulse in pulses:
+        pulse.moves("computing step 1")
+        watch.note(pulse.beat(), 0.0)
+    return watch, pulses
+
+
+def beat(watch: Watch, pulses: list[Pulse], now: float) -> None:
+    for pulse in pulses:
+        watch.note(pulse.beat(), now)
+
+
+def test_workers_that_get_on_do_not_hang() -> None:
+    """One of them by steps, the others within theirs."""
+    watch, pulses = watched()
+    for now in range(1, 40):
+        pulses[0].moves(f"computing step {now}")
+        pulses[1].lives()
+        beat(watch, pulses[:2], now)
+        watch.note(pulses[2].beat(), now)
+        assert watch.look(now) is None
+
+
+def test_a_worker_without_a_sign_of_life_is_named() -> None:
+    watch, pulses = watched()
+    beat(watch, [pulses[0], pulses[2]], 8.0)
+    assert watch.look(10.0) is None
+    hang = watch.look(12.0)
+    assert hang == Hang(
+        "workers hung: no sign of life: worker 1 (not heard of since 12s, computing step 1 then)", (1,)
+    )
+
+
+def test_the_worker_that_the_others_wait_for_is_named() -> None:
+    watch, pulses = watched()
+    for pulse in (pulses[0], pulses[2]):
+        pulse.moves("taking the checkpoint of step 1")
+    for now in (1.0, 6.0, 11.0):
+        beat(watch, pulses, now)
+        assert watch.look(now) is None
+    beat(watch, pulses, 12.0)
+    hang = watch.look(12.0)
+    assert hang == Hang("workers hung: the others wait for worker 1 (computing step 1 for 12s)", (1,))
+
+
+def test_where_nothing_tells_them_apart_all_are_named() -> None:
+    watch, pulses = watched(size=6)
+    beat(watch, pulses, 11.0)
+    hang = watch.look(11.0)
+    assert hang is not None
+    assert hang.culprits == (0, 1, 2, 3, 4, 5)
+    assert hang.text.startswith("workers hung: none gets on: worker 0 (computing step 1 for 11s); worker 1")
+    assert hang.text.endswith("worker 3 (computing step 1 for 11s); 2 more")
+
+
+def test_a_hang_is_told_once_and_again_if_nobody_helps() -> None:
+    watch, pulses = watched()
+    looks = []
+    for now in range(30):
+        beat(watch, pulses, now)
+        looks.append(watch.look(now) is not None)
+    assert [now for now, told in enumerate(looks) if told] == [11, 22]
+
+
+@pytest.mark.parametrize("rests", [True, False])
+def test_who_does_not_train_does_not_hang(rests: bool) -> None:
+    """Before it began, or while the model is written."""
+    watch = Watch(10.0)
+    watch.begin()
+    pulse = Pulse(0)
+    if rests:
+        pulse.moves("computing step 1")
+        pulse.rests()
+    watch.note(pulse.beat(), 0.0)
+    assert watch.look(1000.0) is None
+
+
+def test_a_group_that_is_shut_down_does_not_hang_nor_does_what_it_still_says_count() -> None:
+    watch, pulses = watched()
+    watch.end()
+    assert watch.look(50.0) is None
+    watch.note(pulses[2].beat(), 51.0)  # a third worker, which the next group has not got
+    watch.begin()
+    beat(watch, pulses[:2], 52.0)
+    pulses[0].lives()
+    beat(watch, pulses[:2], 62.0)
+    assert watch.look(62.5) is None
+
+
+def test_without_a_timeout_nobody_is_looked_for() -> None:
+    watch, _ = watched(timeout_s=None)
+    assert watch.look(1e6) is None
+
+
+TIMED_OUT = "worker 0, 2 died: Timed out waiting 5000ms for recv operation to complete"
+
+
+def test_of_a_timeout_the_rank_that_did_not_come_is_named() -> None:
+    watch, pulses = watched(timeout_s=None)
+    for pulse in (pulses[0], pulses[2]):
+        pulse.moves("computing step 2")
+    beat(watch, pulses, 4.0)
+    assert watch.explain(TIMED_OUT) == f"{TIMED_OUT}; did not come: worker 1 (computing step 1)"
+    assert watch.explain("worker 1 died: out of memory") == "worker 1 died: out of memory"
+
+
+def test_of_a_timeout_of_ranks_at_one_place_nothing_is_made_up() -> None:
+    watch, pulses = watched(timeout_s=None)
+    beat(watch, pulses, 4.0)
+    assert watch.explain(TIMED_OUT) == TIMED_OUT
+
+
+def test_who_was_ended_for_a_hang_died_of_it() -> None:
+    watch, pulses = watched()
+    beat(watch, pulses[1:], 11.0)
+    hang = watch.look(11.0)
+    assert hang is not None
+    assert watch.explain("worker 0 died: the actor is dead") == hang.text
+    watch.begin()
+    assert watch.explain("worker 0 died: the actor is dead") == "worker 0 died: the actor is dead"
