@@ -37,7 +37,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster(run: Run, tmp_path: Path) -> N
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     told = next(line for line in done.stdout.splitlines() if line.startswith("{"))
-    assert json.loads(told) == {"status": "finished", "restarts": 1}
+    assert json.loads(told) == {"status": "finished", "restarts": 2}
     sizes = [row["world_size"] for row in metrics(str(tmp_path / "elastic")) if "loss" in row]
     assert [size for size, _ in groupby(sizes)] == [3, 2, 3]
     fixed = run(*settings, "run.name=fixed", "scaling.num_workers=1")
