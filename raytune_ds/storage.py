@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import tempfile
+import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.fs as pafs
+
+T = TypeVar("T")
+
+PAUSES_S = (0.1, 1.0)
+"""Before a write is tried again that failed for a reason that may pass."""
+_MAY_PASS = {
+    None,  # object stores give no number
+    errno.EIO,
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ECONNRESET,
+    errno.EREMOTEIO,
+}
+_UPLOADS = 4
 
 
 def absolute(path: str) -> str:
@@ -94,8 +114,24 @@ def open_file(path: str) -> Any:
 def write_bytes(path: str, content: bytes) -> None:
     """Writes a small file so that it is there whole or not at all.
 
-    S3 and GCS do that by themselves; on a file tree it takes a second name, a flush to disk and a rename.
+    S3 and GCS do that by themselves; on a file tree it takes a second name, a flush to disk and a rename. An error that
+    may pass is waited for a second or so.
     """
+    _persist(lambda: _write_bytes(path, content))
+
+
+def _persist(action: Callable[[], T]) -> T:
+    for pause in PAUSES_S:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in _MAY_PASS:
+                raise
+            time.sleep(pause)
+    return action()
+
+
+def _write_bytes(path: str, content: bytes) -> None:
     filesystem, inner = open_filesystem(path)
     filesystem.create_dir(inner.rpartition("/")[0], recursive=True)
     if not is_local(path):
@@ -137,10 +173,12 @@ def finite(value: Any) -> Any:
 
 
 def upload_dir(local: Path, path: str) -> None:
-    """Copies a local folder to `path`."""
-    filesystem, inner = open_filesystem(path)
-    filesystem.create_dir(inner, recursive=True)
-    pafs.copy_files(str(local), inner, pafs.LocalFileSystem(), filesystem)
+    """Copies a local folder to `path`; each file is tried again as `write_bytes` does."""
+    files = [file for file in local.rglob("*") if file.is_file()]
+    with ThreadPoolExecutor(_UPLOADS) as pool:
+        copies = [pool.submit(copy, str(file), f"{path}/{file.relative_to(local)}") for file in files]
+    for done in copies:
+        done.result()
 
 
 def copy(source: str, target: str) -> None:
@@ -148,7 +186,7 @@ def copy(source: str, target: str) -> None:
     there, inner = open_filesystem(source)
     filesystem, place = open_filesystem(target)
     filesystem.create_dir(place.rpartition("/")[0], recursive=True)
-    pafs.copy_files(inner, place, there, filesystem)
+    _persist(lambda: pafs.copy_files(inner, place, there, filesystem))
 
 
 def check_writable(path: str) -> None:

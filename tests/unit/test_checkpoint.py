@@ -414,6 +414,28 @@ def test_damage_to_tensors_is_found_and_the_checkpoint_before_is_taken(
         assert warnings == [f"checkpoint passed over: {caught.value}"]
 
 
+def test_of_a_thousand_random_damages_each_is_found(tmp_path: Path, small_shards: None) -> None:
+    """To any file of a checkpoint, its manifest too."""
+    save(tmp_path, 10, ranks=2)
+    path = Path(save(tmp_path, 20, ranks=2))
+    whole = {file: file.read_bytes() for file in path.iterdir()}
+    missed = []
+    for seed in range(1000):
+        rng = random.Random(seed)
+        damage = rng.choice([truncate, flip_a_bit, delete, swap, zero])
+        damage(*rng.sample(sorted(whole), 2), rng)
+        warnings: list[str] = []
+        found = checkpoint.newest(str(tmp_path), ALONE, warnings.append)
+        if found is None or found[1].step != 10 or len(warnings) != 1:
+            missed.append((seed, damage.__name__))
+        for file, content in whole.items():
+            file.write_bytes(content)
+    assert missed == []
+    newest = checkpoint.newest(str(tmp_path), ALONE, refuse_warnings)
+    assert newest is not None
+    assert newest[1].step == 20
+
+
 @pytest.mark.parametrize("damage", [truncate, delete, zero, flip_a_bit])
 def test_damage_to_the_manifest_is_found(tmp_path: Path, damage: Damage) -> None:
     save(tmp_path, 10)

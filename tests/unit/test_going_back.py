@@ -10,27 +10,21 @@ import torch
 from torch import nn
 
 from raytune_ds import checkpoint, worker
-from raytune_ds.assignment import Assignment, Base
-from raytune_ds.compose import dump
-from raytune_ds.config import Config
+from raytune_ds.assignment import Assignment
 from raytune_ds.data import batchid
-from raytune_ds.data.batch import Batch, read
+from raytune_ds.data.batch import Batch
 from raytune_ds.data.rows import step_rows
 from raytune_ds.data.store import Store
-from raytune_ds.data.tokenizer import TokenizerSpec
-from raytune_ds.model.weights import fingerprint
 from raytune_ds.objectives import OBJECTIVES
 from raytune_ds.rundir import RunDir
 from raytune_ds.trained import Trained
 from raytune_ds.verify import examine
-from raytune_ds.worker import Outcome, run_worker
-from raytune_ds.world import World
+from raytune_ds.worker import Outcome
+from tests import alone
+from tests.alone import STEPS, Events
 from tests.stores import store_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-STEPS = 14
-Events = list[tuple[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +38,7 @@ class Case:
     """One run of STEPS steps, some of which go wrong."""
 
     def __init__(self, store: Store, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._store, self._model = store, str(model)
+        self._store, self._model = store, model
         self.root = Path(store.path).parents[1]
         self.bad: set[str] = set()
         self.events: Events = []
@@ -58,19 +52,7 @@ class Case:
         return spoiled
 
     def assignment(self, name: str, **train: Any) -> Assignment:
-        config = Config(
-            run={"name": name, "storage": str(self.root)},
-            model={"name": self._model, "dtype": "float32"},
-            train={"global_batch": 4, "max_steps": STEPS, "learning_rate": 1e-2, **train},
-            checkpoint={"every_steps": 4},
-            tracking={"to": []},
-            engine={"kind": "ddp"},
-        )
-        base = Base(fingerprint(Path(self._model)), None, 1, 1)
-        run = RunDir(f"{self.root}/{name}")
-        Path(run.path).mkdir(exist_ok=True)
-        Path(run.config).write_text(dump(config))
-        return Assignment(config, config.model, base, TokenizerSpec(self._model), self._store, run, None)
+        return alone.assignment(self._store, self._model, str(self.root), name, **train)
 
     def spoil(self, *steps: int) -> None:
         order = self._store.order("train", 4, 0)
@@ -78,12 +60,7 @@ class Case:
 
     def run(self, assignment: Assignment) -> Outcome:
         self.events = []
-        return run_worker(
-            assignment,
-            World.alone(),
-            lambda store, share, steps: read(store, "train", share, steps),
-            lambda kind, content: self.events.append((kind, content)),
-        )
+        return alone.work(assignment, lambda *event: self.events.append(event))
 
     @property
     def warnings(self) -> list[str]:
@@ -166,9 +143,7 @@ def test_a_worker_that_ends_in_the_midst_of_it_goes_on_alike(
                 raise Killed
 
         with pytest.raises(Killed):
-            run_worker(
-                assignment, World.alone(), lambda s, share, steps: read(s, "train", share, steps), report
-            )
+            alone.work(assignment, report)
 
     killed(assignment, 8)  # among the bad ones
     killed(assignment, 7)  # after going back
