@@ -4,11 +4,10 @@ VENV   ?= .venv
 PIP_ARGS ?=
 ENGINE ?= $(shell for engine in docker podman buildah; do $$engine info > /dev/null 2>&1 && echo $$engine && break; done)
 COMPOSE ?= $(shell docker compose version > /dev/null 2>&1 && echo docker compose || echo $(CURDIR)/$(BIN)/podman-compose)
-N ?= 2
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup train test test-cluster slow-check parity lint format bench cluster-files \
+.PHONY: help setup train test test-cluster slow-check chaos parity lint format bench cluster-files \
     image image-cpu image-cuda up down image-check lock clean
 .DEFAULT_GOAL := help
 
@@ -35,6 +34,9 @@ test-cluster: $(READY)  ## a real cluster of machines made of namespaces; root, 
 
 slow-check: $(READY)  ## whole sweeps, on two engines, by every searcher and scheduler, killed; nodes that come and go; half an hour
 	$(BIN)/python -m pytest -m slow tests/sweeps tests/faults
+
+chaos: $(READY)  ## N=20 runs on real nodes, from which something is killed at a random point, SEED=0; about a minute each
+	$(BIN)/python -m tests.faults.chaos --number $(or $(N),20) --seed $(or $(SEED),0)
 
 parity: $(READY)  ## every engine beside one plain process, the whole table; about twenty minutes on two cores
 	$(BIN)/python -m tests.matrix
@@ -66,7 +68,7 @@ image-cpu image-cuda: image-%:
 	    --build-arg REVISION=$$(git rev-parse HEAD 2> /dev/null || echo unknown) .
 
 up: $(if $(findstring podman-compose,$(COMPOSE)),$(READY))  ## a cluster of containers on this machine, N=2 CPU workers; GPU=1: one worker with all GPUs
-	$(COMPOSE) --file docker/compose.yaml $(if $(GPU),--profile gpu) up --detach --scale worker=$(if $(GPU),0,$(N))
+	$(COMPOSE) --file docker/compose.yaml $(if $(GPU),--profile gpu) up --detach --scale worker=$(if $(GPU),0,$(or $(N),2))
 
 down:  ## remove those containers; what is on their shared volume stays
 	$(COMPOSE) --file docker/compose.yaml --profile gpu down

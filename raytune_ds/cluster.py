@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray._private.ray_logging import stdout_deduplicator
 from ray._private.utils import read_ray_address
 
 from raytune_ds.config import ScalingConfig
@@ -20,6 +22,9 @@ MAY_GROW = "RAYTUNE_DS_MAY_GROW"
 """Environment variable of the head, where jobs run: the nodes that may still come, as `Layout.may_grow` writes them."""
 CONNECT_S = 5.0
 TRIES = 5  # of Ray, a second each, once somebody listens there
+_DEATHS = re.compile(
+    r"^(A worker died or was killed|Raylet is terminated|The node with node id: .* marked dead)"
+)
 _TOKEN = (
     "{what}.\nPut the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN (`ray get-auth-token` on the head "
     "shows it) and set RAY_AUTH_MODE=token. A job that `ray job submit` starts has it by "
@@ -62,6 +67,8 @@ def connect(debug: bool, dashboard: bool = False) -> str:
     """
     if ray.is_initialized():
         return "the Ray that is running"
+    if not debug:
+        _hush_deaths()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Trials of a sweep bring actors that need no CPU, and Ray warns of more processes than CPUs.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
@@ -80,6 +87,11 @@ def connect(debug: bool, dashboard: bool = False) -> str:
     # A session is named after the process that started it.
     embedded = context.address_info["session_dir"].endswith(f"_{os.getpid()}")
     return "an embedded Ray" if embedded else f"the Ray cluster at {context.address_info['gcs_address']}"
+
+
+def _hush_deaths() -> None:
+    """Ray prints each death with pages of a log, whatever log_to_driver says; a run tells of it in a line."""
+    stdout_deduplicator.skip_re = stdout_deduplicator.skip_re or _DEATHS
 
 
 def _expects_cluster(given: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,6 +15,7 @@ import ray
 import ray.train
 from ray.train import TrainingFailedError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 
 from raytune_ds.assignment import Assignment
 from raytune_ds.cluster import Scale
@@ -28,6 +30,9 @@ from raytune_ds.worker import Outcome
 
 POLL_S = 0.3
 ANSWER_S = 30.0
+# A group that may shrink is tried in its old size until Ray knows that a node is gone: by default a minute at a time.
+# What is there is placed in milliseconds.
+PLACED_S = 10
 # `ray job stop` kills after three seconds what has not ended by then.
 ABORT_S = 0.5
 
@@ -64,7 +69,7 @@ class Fitting:
         """Begins."""
         self.downtime = Downtime()
         self._run, self._watcher = assignment.run, watcher
-        self._mailbox = open_mailbox(assignment.run.name, assignment.config.scaling.hang_timeout_s)
+        self._mailbox = open_mailbox(assignment.run.name, assignment.config.scaling)
         self._trainer = _trainer(assignment, scale, self._mailbox, watcher.judges)
         self._ended: Future[Outcome] = Future()
         watcher.begins(self.kill)
@@ -111,6 +116,8 @@ class Fitting:
 
 
 def _trainer(assignment: Assignment, scale: Scale, mailbox: Any, is_judged: bool) -> TorchTrainer:
+    if scale.fewest is not None:
+        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(PLACED_S))
     return TorchTrainer(
         partial(worker_main, assignment=assignment, mailbox=mailbox, is_judged=is_judged),
         torch_config=NodesTorchConfig(

@@ -12,13 +12,16 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raytune_ds.config import ScalingConfig
 from raytune_ds.metrics import RunMetrics
 from raytune_ds.stacks import Place
 from raytune_ds.watch import Beat, Watch
 
+_GUESSES = "Some common causes include"
 Event = tuple[str, dict[str, Any], float]
 """What happened, its content, and when, in seconds of the mailbox's clock."""
 
@@ -27,9 +30,12 @@ Event = tuple[str, dict[str, Any], float]
 class Mailbox:
     """Events on their way from the workers to the driver, and to Ray's metrics; and the driver's wishes back."""
 
-    def __init__(self, run: str, hang_timeout_s: float | None = None) -> None:
+    def __init__(self, run: str, scaling: ScalingConfig) -> None:
         self._events: list[Event] = []
-        self._metrics, self._watch = RunMetrics(run), Watch(hang_timeout_s)
+        self._metrics, self._watch = (
+            RunMetrics(run),
+            Watch(scaling.hang_timeout_s, scaling.collective_timeout_s),
+        )
         self._places: dict[int, Place] = {}
         self._verdicts: dict[int, asyncio.Future[bool]] = {}
         self._ended = False
@@ -70,7 +76,7 @@ class Mailbox:
 
     def died(self, ranks: list[int], error: str) -> None:
         """Why the workers are to be restarted."""
-        why = self._watch.explain(f"worker {', '.join(map(str, ranks))} died: {error}")
+        why = self._watch.explain(f"worker {', '.join(map(str, ranks))} died: {error}", time.monotonic())
         self.put("restart", {"text": why, "rank": ranks[0]})
 
     def leave(self) -> None:
@@ -109,10 +115,10 @@ class Mailbox:
         return future
 
 
-def open_mailbox(run: str, hang_timeout_s: float | None) -> Any:
+def open_mailbox(run: str, scaling: ScalingConfig) -> Any:
     """A mailbox on the driver's node: losing another one must not make the run go dark."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Mailbox.options(scheduling_strategy=here).remote(run, hang_timeout_s)  # type: ignore[attr-defined]
+    return Mailbox.options(scheduling_strategy=here).remote(run, scaling)  # type: ignore[attr-defined]
 
 
 class RestartReporter(ray.train.UserCallback):
@@ -123,9 +129,12 @@ class RestartReporter(ray.train.UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train's controller before it restarts the worker group."""
-        error = next(iter(worker_exceptions.values()))
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        self._mailbox.died.remote(list(worker_exceptions), reason)
+        # When one process is gone, the others' collectives fail: what they say of it explains nothing.
+        gone = {r: e for r, e in worker_exceptions.items() if isinstance(e, WorkerHealthCheckFailedError)}
+        errors = gone or worker_exceptions
+        error = next(iter(errors.values()))
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        self._mailbox.died.remote(list(errors), reason.partition(_GUESSES)[0].strip())
 
 
 class ControllerReporter(ControllerCallback, WorkerGroupCallback):

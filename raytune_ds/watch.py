@@ -83,9 +83,14 @@ class _Seen:
 class Watch:
     """Looks after one group of workers at a time. Times are in seconds of any clock."""
 
-    def __init__(self, timeout_s: float | None) -> None:
-        """`timeout_s` is the longest that a worker may be silent or at the same thing; None: for ever."""
-        self._timeout_s = timeout_s
+    def __init__(self, timeout_s: float | None, collective_timeout_s: float) -> None:
+        """Looks after nobody yet.
+
+        Args:
+            timeout_s: the longest that a worker may be silent or at the same thing; None: for ever.
+            collective_timeout_s: after which ranks that wait for others give up.
+        """
+        self._timeout_s, self._collective_timeout_s = timeout_s, collective_timeout_s
         self._seen: dict[int, _Seen] = {}
         self._watches, self._hang, self._told_at = False, "", 0.0
 
@@ -107,7 +112,7 @@ class Watch:
 
     def look(self, now: float) -> Hang | None:
         """Workers that do not get on; again after as long a time, should nobody have helped."""
-        training = [seen for seen in self._seen.values() if seen.beat.doing is not None]
+        training = self._training()
         if not self._watches or self._timeout_s is None or not training:
             return None
         if self._hang and now - self._told_at <= self._timeout_s:
@@ -124,18 +129,22 @@ class Watch:
             return self._told(text, behind, now)
         return self._told(f"none gets on: {_each(training, lambda seen: seen.since(now))}", training, now)
 
-    def explain(self, error: str) -> str:
+    def explain(self, error: str, now: float) -> str:
         """Why workers died: the hang that was seen, or the error, and of a time-out which rank did not come."""
-        if self._hang:
-            return self._hang
-        behind = self._behind() if _TIMED_OUT.search(error) else []
-        if not behind:
-            return error
-        return f"{error}; did not come: {_each(behind, lambda seen: seen.beat.doing or '')}"
+        if self._hang or not _TIMED_OUT.search(error):
+            return self._hang or error
+        # Whoever was waited for was silent all that time, or is still at an earlier place.
+        silent = [seen for seen in self._training() if now - seen.heard_at > self._collective_timeout_s / 2]
+        if absent := silent or self._behind():
+            return f"{error}; did not come: {_each(absent, lambda seen: seen.beat.doing or '')}"
+        return error
+
+    def _training(self) -> list[_Seen]:
+        return [seen for seen in self._seen.values() if seen.beat.doing is not None]
 
     def _behind(self) -> list[_Seen]:
         """Those at an earlier place than the others."""
-        training = [seen for seen in self._seen.values() if seen.beat.doing is not None]
+        training = self._training()
         first = min((seen.beat.place for seen in training), default=0)
         behind = [seen for seen in training if seen.beat.place == first]
         return behind if len(behind) < len(training) else []

@@ -1,77 +1,96 @@
-"""A run on three nodes that loses one and gets another: `python -m tests.faults.elastic STORAGE OVERRIDE ...`.
+"""Runs whose nodes come and go: `python -m tests.faults.elastic STORY RUN_DIR OVERRIDE ...`.
 
-In a process of its own, for the nodes are a Ray of its own. The run is `elastic`; a JSON line tells how it ended.
+In a process of its own, for the nodes are a Ray of their own. The run itself is a driver like any other.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import subprocess
 import sys
-import tempfile
 import threading
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 
-# Deaths are noticed soon, and growth is looked for often.
-os.environ |= {
-    "RAY_health_check_initial_delay_ms": "0",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_TMPDIR": tempfile.mkdtemp(prefix="rt"),
-}
+import psutil
 
-import ray
-from ray.cluster_utils import Cluster
-
-from raytune_ds.compose import compose
-from raytune_ds.launch import Result, launch
 from raytune_ds.rundir import parse_lines
+from tests.faults.nodes import Nodes, nodes
+from tests.head import BIN
 
 STEPS = 25
 """That each number of workers makes: enough for a checkpoint of what they did."""
+NOTICE_S = 60
 
 
-def steps_on(size: int, metrics: Path) -> int:
-    """Made so far on so many workers; 0 unless the newest was."""
-    rows = [row for row in parse_lines(metrics.read_bytes()) if "loss" in row] if metrics.exists() else []
-    if not rows or rows[-1]["world_size"] != size:
-        return 0
-    return len(list(takewhile(lambda row: row["world_size"] == size, reversed(rows))))
+class Driver:
+    """Of a run that is under way."""
+
+    def __init__(self, run: Path, address: str, overrides: list[str]) -> None:
+        """Starts it."""
+        self.run = run
+        command = [
+            sys.executable,
+            "-m",
+            "raytune_ds.train",
+            f"run.storage={run.parent}",
+            f"run.name={run.name}",
+        ]
+        self._process = psutil.Popen([*command, *overrides], env={**os.environ, "RAY_ADDRESS": address})
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """While it runs."""
+        while not condition():
+            assert self._process.poll() is None, "the run has ended"
+            threading.Event().wait(0.1)
+
+    def wait(self) -> int:
+        """Its exit code."""
+        return int(self._process.wait())
+
+    def steps_on(self, size: int) -> int:
+        """Made so far on so many workers; 0 unless the newest was."""
+        metrics = self.run / "metrics.jsonl"
+        rows = [row for row in parse_lines(metrics.read_bytes()) if "loss" in row] if metrics.exists() else []
+        return len(list(takewhile(lambda row: row["world_size"] == size, reversed(rows))))
+
+    def checkpoints(self) -> set[str]:
+        """The complete ones."""
+        return {file.parent.name for file in (self.run / "checkpoints").glob("step-*/manifest.json")}
 
 
-def wait_for(size: int, metrics: Path, run: threading.Thread) -> None:
-    """Until steps are made on so many workers."""
-    while steps_on(size, metrics) < STEPS:
-        assert run.is_alive(), f"the run ended before it had {size} workers"
-        threading.Event().wait(0.2)
+def resize(cluster: Nodes, driver: Driver) -> None:
+    """A node goes without a word, and later another one comes."""
+    driver.wait_until(lambda: driver.steps_on(3) >= STEPS)
+    cluster.kill_node(cluster.named("RayTrainWorker")[0][0])
+    driver.wait_until(lambda: driver.steps_on(2) >= STEPS)
+    cluster.add()
+    driver.wait_until(lambda: driver.steps_on(3) >= STEPS)
 
 
-def main(storage: str, *overrides: str) -> None:
-    """Runs it in a thread, for Ray adds nodes in the main one only."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="CRITICAL")
-    metrics = Path(storage) / "elastic" / "metrics.jsonl"
-    results: list[Result] = []
+def preempt(cluster: Nodes, driver: Driver) -> None:
+    """A node gives notice, and goes once there is a checkpoint."""
+    driver.wait_until(lambda: driver.steps_on(2) >= STEPS)
+    before = driver.checkpoints()
+    node = cluster.named("RayTrainWorker")[0][0]
+    command = [BIN / "ray", "drain-node", "--address", cluster.address, "--node-id", node.node_id]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    subprocess.run([*command, "--deadline-remaining-seconds", str(NOTICE_S)], check=True)
+    driver.wait_until(lambda: bool(driver.checkpoints() - before))
+    cluster.kill_node(node)
 
-    def train() -> None:
-        results.append(launch(compose([], [f"run.storage={storage}", "run.name=elastic", *overrides])))
 
-    run = threading.Thread(target=train)
-    run.start()
-    wait_for(3, metrics, run)
-    cluster.remove_node(nodes[1], allow_graceful=False)
-    wait_for(2, metrics, run)
-    cluster.add_node(num_cpus=1)
-    wait_for(3, metrics, run)
-    run.join()
-    print(json.dumps({"status": results[0].status, "restarts": len(results[0].restarts)}), flush=True)
-    ray.shutdown()
-    cluster.shutdown()
+STORIES = {"resize": resize, "preempt": preempt}
+
+
+def main(story: str, run: str, *overrides: str) -> int:
+    """The driver's exit code."""
+    with nodes(3) as cluster:
+        driver = Driver(Path(run), cluster.address, list(overrides))
+        STORIES[story](cluster, driver)
+        return driver.wait()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

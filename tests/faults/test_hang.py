@@ -40,3 +40,23 @@ def test_a_worker_that_stops_answering_is_found(
     shown = capsys.readouterr()
     assert f"the stacks of all workers are in {folder}" in shown.err
     assert "training again after" in shown.out
+
+
+@pytest.mark.slow
+def test_of_a_collective_that_times_out_the_rank_is_named_that_did_not_come(
+    run: Run, settings: tuple[str, ...], calm_losses: list[float], tmp_path: Path
+) -> None:
+    """The others give up before anybody looks for a hang."""
+    stopped: list[psutil.Process] = []
+
+    def stop() -> None:
+        stopped.append(max(workers_after(tmp_path / "late", 20), key=lambda p: p.create_time()))
+        stopped[0].send_signal(signal.SIGSTOP)
+
+    threading.Thread(target=stop, daemon=True).start()
+    timeouts = ("scaling.hang_timeout_s=null", "scaling.collective_timeout_s=8")
+    result = run("run.name=late", *timeouts, *settings)
+    [restart] = result.restarts
+    assert "; did not come: worker " in restart["why"]
+    assert not stopped[0].is_running()
+    assert step_losses(result.run) == calm_losses

@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from ray._private.ray_logging import stdout_deduplicator
+from ray._private.worker import print_to_stdstream
 
 from raytune_ds import cluster
 from raytune_ds.cluster import Scale, plan_scale
@@ -79,3 +81,20 @@ def test_a_range_needs_room_for_the_fewest(scale: Any) -> None:
     assert scale(HEAD, GPU_NODE, most=3, num_workers=(1, 4)).room == 3
     with pytest.raises(UserError, match=r"scaling.num_workers = \[5, 9\]: the cluster has room for 4"):
         scale(HEAD, num_workers=(5, 9))
+
+
+def test_of_deaths_the_run_tells_and_not_ray(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stdout_deduplicator, "skip_re", None)
+    cluster._hush_deaths()
+    for line in (
+        "A worker died or was killed while executing a task by an unexpected system error. ...",
+        "Raylet is terminated. Termination is unexpected. Last 20 lines of the Raylet logs:\n    [2026-11-25] ...",
+        "The node with node id: d0be45 and address: 192.0.2.2 has been marked dead because the detector ...",
+        "Somebody set up us the bomb",
+    ):
+        print_to_stdstream({"lines": [line], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    shown = capsys.readouterr().out
+    assert shown.count("(raylet)") == 1
+    assert "set up us the bomb" in shown

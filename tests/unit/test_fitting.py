@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from raytune_ds import fitting
+from raytune_ds.config import ScalingConfig
 from raytune_ds.downtime import Downtime
 from raytune_ds.fitting import _Following
 from raytune_ds.mailbox import Mailbox
@@ -91,7 +92,7 @@ def test_a_verdict_is_for_its_step_and_an_end_for_all() -> None:
     """Whoever was restarted asks about a later step than the one that was judged."""
 
     async def verdicts() -> list[Any]:
-        post = Post("run")
+        post = Post("run", ScalingConfig())
         asked = [asyncio.create_task(post.verdict(step)) for step in (1, 2, 3)]
         await asyncio.sleep(0)
         await post.judge(1, True)
@@ -104,7 +105,7 @@ def test_a_verdict_is_for_its_step_and_an_end_for_all() -> None:
 
 def test_a_verdict_may_come_before_it_is_asked_for() -> None:
     async def verdict() -> bool:
-        post = Post("run")
+        post = Post("run", ScalingConfig())
         await post.judge(1, True)
         return bool(await post.verdict(1))
 

@@ -8,7 +8,7 @@ from raytune_ds.watch import Hang, Pulse, Watch
 
 
 def watched(timeout_s: float | None = 10.0, size: int = 3) -> tuple[Watch, list[Pulse]]:
-    watch, pulses = Watch(timeout_s), [Pulse(rank) for rank in range(size)]
+    watch, pulses = Watch(timeout_s, 5.0), [Pulse(rank) for rank in range(size)]
     watch.begin()
     for pulse in pulses:
         pulse.moves("computing step 1")
@@ -76,7 +76,7 @@ def test_a_hang_is_told_once_and_again_if_nobody_helps() -> None:
 @pytest.mark.parametrize("rests", [True, False])
 def test_who_does_not_train_does_not_hang(rests: bool) -> None:
     """Before it began, or while the model is written."""
-    watch = Watch(10.0)
+    watch = Watch(10.0, 5.0)
     watch.begin()
     pulse = Pulse(0)
     if rests:
@@ -111,14 +111,20 @@ def test_of_a_timeout_the_rank_that_did_not_come_is_named() -> None:
     for pulse in (pulses[0], pulses[2]):
         pulse.moves("computing step 2")
     beat(watch, pulses, 4.0)
-    assert watch.explain(TIMED_OUT) == f"{TIMED_OUT}; did not come: worker 1 (computing step 1)"
-    assert watch.explain("worker 1 died: out of memory") == "worker 1 died: out of memory"
+    assert watch.explain(TIMED_OUT, 4.0) == f"{TIMED_OUT}; did not come: worker 1 (computing step 1)"
+    assert watch.explain("worker 1 died: out of memory", 4.0) == "worker 1 died: out of memory"
+
+
+def test_of_a_timeout_the_rank_that_was_silent_is_named() -> None:
+    watch, pulses = watched(timeout_s=None)
+    beat(watch, pulses[:2], 4.0)
+    assert watch.explain(TIMED_OUT, 5.0) == f"{TIMED_OUT}; did not come: worker 2 (computing step 1)"
 
 
 def test_of_a_timeout_of_ranks_at_one_place_nothing_is_made_up() -> None:
     watch, pulses = watched(timeout_s=None)
     beat(watch, pulses, 4.0)
-    assert watch.explain(TIMED_OUT) == TIMED_OUT
+    assert watch.explain(TIMED_OUT, 4.0) == TIMED_OUT
 
 
 def test_who_was_ended_for_a_hang_died_of_it() -> None:
@@ -126,6 +132,6 @@ def test_who_was_ended_for_a_hang_died_of_it() -> None:
     beat(watch, pulses[1:], 11.0)
     hang = watch.look(11.0)
     assert hang is not None
-    assert watch.explain("worker 0 died: the actor is dead") == hang.text
+    assert watch.explain("worker 0 died: the actor is dead", 11.0) == hang.text
     watch.begin()
-    assert watch.explain("worker 0 died: the actor is dead") == "worker 0 died: the actor is dead"
+    assert watch.explain("worker 0 died: the actor is dead", 11.0) == "worker 0 died: the actor is dead"

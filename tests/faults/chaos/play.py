@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 
 from raytune_ds.rundir import parse_lines
-from tests.faults.chaos.nodes import Nodes, nodes
 from tests.faults.chaos.scenarios import ENGINES, SETTINGS, STEPS, Scenario
 from tests.faults.chaos.strike import Missed, Struck, lines_of, strike
+from tests.faults.nodes import Nodes, nodes
 
 ATTEMPTS = 3
 """Starts of the same command, should it end before the run does."""
@@ -89,17 +89,12 @@ def play(scenario: Scenario, rows: Path, storage: Path, undisturbed: Path) -> En
     back_s = back.end()
     problem = difference(run, undisturbed, bitwise=not scenario.elastic) or _unproven(run)
     restarts = json.loads((run / "result.json").read_text())["restarts"]
-    return Ending(problem, struck, back.again, back_s, "; ".join(map(_parts, restarts)), start)
+    return Ending(problem, struck, back.again, back_s, ", ".join(map(_parts, restarts)), start)
 
 
 def _parts(restart: dict[str, Any]) -> str:
-    names = {
-        "noticing": "noticing_s",
-        "workers": "starting_s",
-        "loading": "loading_s",
-        "step": "first_step_s",
-    }
-    return ", ".join(f"{name} {restart[key] or 0:.0f}s" for name, key in names.items())
+    keys = ("noticing_s", "starting_s", "loading_s", "first_step_s")
+    return "+".join(f"{restart[key] or 0:.0f}" for key in keys)
 
 
 class _Back:

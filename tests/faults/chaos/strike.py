@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 
 from raytune_ds.rundir import parse_lines
-from tests.faults.chaos.nodes import Nodes
 from tests.faults.chaos.scenarios import Scenario
+from tests.faults.nodes import Nodes
 
 FETCH, WORKER = "fetch_rows", "RayTrainWorker"
 DEADLINE_S = 180.0
