@@ -16,9 +16,9 @@ from tests.helpers import write_jsonl
 COLUMNS = ("seed", "engine", "killed", "at", "again", "back", "parts", "starts", "end")
 LEGEND = (
     "at: the last step that was done; again: steps done again; back: from the kill to the end of the next step; parts: "
-    "seconds until it was noticed + for new workers + for model and checkpoint + for the first step, of each restart that "
-    "the last driver saw; starts: of the command; end: metrics.jsonl and the weights are those of a calm run to the bit "
-    "(=), or the batches are and losses to 1e-5 (~), and verify proves it"
+    "seconds until it was noticed + for new workers + for model and checkpoint + for the first step, of each restart "
+    "that the last driver saw; starts: of the command; end: metrics.jsonl and the weights are those of a calm run to "
+    "the bit (=), or the batches are and losses to 1e-5 (~), and verify proves it"
 )
 
 
