@@ -97,6 +97,7 @@ def hooks_of(
         if orders.judge is None:
             return True
         saver.wait()  # whoever judges may kill this process at once
+        orders.pulse.rests()  # a verdict may take hours: other trials may have to come as far first
         return bool(world.broadcast(orders.judge(step) if world.is_main else None))
 
     looked = time.monotonic()
@@ -120,6 +121,7 @@ def hooks_of(
 
     def go_back(step: int) -> Progress | None:
         saver.wait()
+        orders.pulse.rests()  # nobody sees how far the reading of a checkpoint is
         found = checkpoint.newest(run.checkpoints, world, warn, below=step)
         if found is None:
             return None

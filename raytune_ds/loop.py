@@ -225,7 +225,6 @@ def train(
         if saved:
             save()
         if plan.evaluates(progress.step) and progress.step < plan.total_steps:
-            hooks.moves(f"waiting for the verdict on step {progress.step}")
             goes_on = hooks.goes_on(progress.step)
         goes_on = goes_on and not stops
         if not (goes_on or saved):

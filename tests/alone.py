@@ -12,7 +12,7 @@ from raytune_ds.config import Config
 from raytune_ds.data.batch import read
 from raytune_ds.data.store import Store
 from raytune_ds.data.tokenizer import TokenizerSpec
-from raytune_ds.hooks import Report
+from raytune_ds.hooks import Orders, Report
 from raytune_ds.model.weights import fingerprint
 from raytune_ds.rundir import RunDir
 from raytune_ds.worker import Outcome, run_worker
@@ -38,11 +38,12 @@ def assignment(store: Store, model: Path, root: str, name: str, **train: Any) ->
     return Assignment(config, config.model, base, TokenizerSpec(str(model)), store, run, None)
 
 
-def work(given: Assignment, report: Report) -> Outcome:
+def work(given: Assignment, report: Report, orders: Orders | None = None) -> Outcome:
     """Runs it, from its newest checkpoint on."""
     return run_worker(
         given,
         World.alone(),
         lambda store, share, steps: read(store, "train", share, steps),
         report,
+        orders,
     )

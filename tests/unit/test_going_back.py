@@ -15,10 +15,12 @@ from raytune_ds.data import batchid
 from raytune_ds.data.batch import Batch
 from raytune_ds.data.rows import step_rows
 from raytune_ds.data.store import Store
+from raytune_ds.hooks import Orders
 from raytune_ds.objectives import OBJECTIVES
 from raytune_ds.rundir import RunDir
 from raytune_ds.trained import Trained
 from raytune_ds.verify import examine
+from raytune_ds.watch import Pulse
 from raytune_ds.worker import Outcome
 from tests import alone
 from tests.alone import STEPS, Events
@@ -156,3 +158,14 @@ def test_a_worker_that_ends_in_the_midst_of_it_goes_on_alike(
     case.run(whole)
     there, here = weights(assignment), weights(whole)
     assert all(torch.equal(there[name], here[name]) for name in here)
+
+
+def test_a_worker_shows_that_it_lives_by_each_batch_and_each_tensor_of_a_checkpoint(case: Case) -> None:
+    pulse = Pulse()
+    given = case.assignment("watched")
+    alone.work(given, lambda *_: None, Orders(pulse=pulse))
+    beat = pulse.beat()
+    tensors = len(weights(given))
+    assert beat.doing is None
+    checkpoints = 4 + 1  # after steps 4, 8, 12 and 14, and one as a rehearsal before
+    assert (beat.place, beat.signs - beat.place) == (2 * STEPS + 4, STEPS + checkpoints * tensors)

@@ -9,6 +9,7 @@ import pytest
 
 from raytune_ds import hooks
 from raytune_ds.hooks import Orders, hooks_of
+from raytune_ds.watch import Pulse
 from raytune_ds.world import World
 
 ASSIGNMENT: Any = SimpleNamespace(config=None, plan=None, run=None)
@@ -39,6 +40,18 @@ def test_who_judges_is_asked_once_the_checkpoint_is_written() -> None:
 
 def test_a_run_that_nobody_judges_waits_for_nothing() -> None:
     assert made(Orders()).goes_on(3)
+
+
+def test_who_waits_for_a_verdict_does_not_count_as_hung() -> None:
+    doing: list[Any] = []
+    pulse = Pulse()
+    pulse.moves("measuring the held-out loss after step 3")
+    orders = Orders(judge=lambda step: not doing.append(pulse.beat().doing), pulse=pulse)
+    judged = made(orders, SimpleNamespace(wait=lambda: doing.append(pulse.beat().doing)))
+    assert judged.goes_on(3)
+    assert doing == ["measuring the held-out loss after step 3", None]
+    judged.moves("fetching the batch of step 4")
+    assert pulse.beat().doing == "fetching the batch of step 4"
 
 
 def test_nodes_are_looked_at_now_and_then_and_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,7 @@ def run(
     goes_on: Callable[[int], bool] = lambda step: True,
     wished: dict[int, tuple[bool, bool]] | None = None,
     is_leaving: Callable[[], bool] = lambda: False,
+    moves: Callable[[str], None] = lambda doing: None,
 ) -> tuple[list[int], Progress, list[Any]]:
     """Steps that were saved, in a run of 20 that is evaluated every third step with these losses."""
     config = Config(train={"max_steps": 20, "eval_steps": 3}, checkpoint={"every_steps": every})
@@ -72,7 +73,7 @@ def run(
         objective=lambda *_: torch.zeros(()),
         batches=lambda step: empty_batches(),
         eval_batches=lambda: [],
-        hooks=Hooks(log=rows.append, checkpoint=save, goes_on=goes_on, is_leaving=is_leaving),
+        hooks=Hooks(log=rows.append, checkpoint=save, goes_on=goes_on, is_leaving=is_leaving, moves=moves),
         progress=progress,
     )
     return saved, progress, rows
@@ -152,3 +153,19 @@ def test_a_run_that_is_to_stop_ends_with_one_checkpoint(
 ) -> None:
     saved, progress, _ = run(monkeypatch, LOSSES, 8, wished={step: (False, True)})
     assert (saved, progress.step) == (steps, step)
+
+
+def test_it_says_what_it_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is at it, for it may never come back."""
+    said: list[str] = []
+    run(monkeypatch, LOSSES, 2, moves=said.append)
+    assert said[:8] == [
+        "measuring the held-out loss after step 0",
+        "fetching the batch of step 1",
+        "computing step 1",
+        "fetching the batch of step 2",
+        "computing step 2",
+        "taking the checkpoint of step 2",
+        "fetching the batch of step 3",
+        "computing step 3",
+    ]
