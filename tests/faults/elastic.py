@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.head import BIN
 
 STEPS = 25
 """That each number of workers makes: enough for a checkpoint of what they did."""
-NOTICE_S = 60
+NOTICE_S = 30
 
 
 class Driver:
@@ -70,14 +71,17 @@ def resize(cluster: Nodes, driver: Driver) -> None:
 
 
 def preempt(cluster: Nodes, driver: Driver) -> None:
-    """A node gives notice, and goes once there is a checkpoint."""
+    """A node gives notice, and goes when it said it would: Ray takes an earlier death for a failure."""
     driver.wait_until(lambda: driver.steps_on(2) >= STEPS)
     before = driver.checkpoints()
     node = cluster.named("RayTrainWorker")[0][0]
     command = [BIN / "ray", "drain-node", "--address", cluster.address, "--node-id", node.node_id]
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    deadline = time.monotonic() + NOTICE_S
     subprocess.run([*command, "--deadline-remaining-seconds", str(NOTICE_S)], check=True)
     driver.wait_until(lambda: bool(driver.checkpoints() - before))
+    assert time.monotonic() < deadline, "the checkpoint came too late"
+    driver.wait_until(lambda: time.monotonic() > deadline + NOTICE_S / 2)
     cluster.kill_node(node)
 
 

@@ -66,9 +66,14 @@ def test_a_node_that_gives_notice_costs_no_checkpoint_interval(
 ) -> None:
     """The only checkpoint before the end is that of the notice, and no failure is allowed but preemptions."""
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-    rare = ("scaling.num_workers=2", "checkpoint.every_steps=100000", "scaling.max_failures=0")
+    rare = (
+        "scaling.num_workers=2",
+        "checkpoint.every_steps=100000",
+        "scaling.max_failures=0",
+        "train.max_steps=2000",
+    )
     result = told("preempt", tmp_path / "spot", *settings, *rare)
     [restart] = result["restarts"]
     assert restart["from_step"] >= 25
-    fixed = run(*settings, "run.name=fixed", "scaling.num_workers=2")
+    fixed = run(*settings, "run.name=fixed", "scaling.num_workers=2", "train.max_steps=2000")
     assert step_losses(str(tmp_path / "spot")) == step_losses(fixed.run)

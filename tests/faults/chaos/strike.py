@@ -16,6 +16,8 @@ from tests.faults.nodes import Nodes
 
 FETCH, WORKER = "fetch_rows", "RayTrainWorker"
 DEADLINE_S = 180.0
+FIRST_DEATH = 12
+"""Steps, where a run is to die twice."""
 SETTLE_S = 1.0
 """After which nothing more comes from those who do not know yet."""
 
@@ -93,17 +95,13 @@ def _in_a_checkpoint(
 
 
 def _in_a_fetch(number: int, cluster: Nodes, run: Path, until: Callable[[Callable[[], bool]], None]) -> None:
-    """The so-manyth task that reads batches runs."""
-    seen = 0
-    runs = False
-
-    def begins() -> bool:
-        nonlocal seen, runs
-        was, runs = runs, bool(cluster.named(FETCH))
-        seen += runs and not was
-        return seen >= number
-
-    until(begins)
+    """A task reads batches: at the start of the run, or, the second time, at that of workers who replace a dead one."""
+    if number > 1:
+        _after_a_step(FIRST_DEATH, cluster, run, until)
+        old = {process.pid for _, process in cluster.named(WORKER)}
+        cluster.named(WORKER)[0][1].kill()
+        until(lambda: not old & {process.pid for _, process in cluster.named(WORKER)})
+    until(lambda: bool(cluster.named(FETCH)))
 
 
 def _unfinished(run: Path) -> bool:
