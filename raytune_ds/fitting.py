@@ -169,7 +169,11 @@ class _Following:
             except ray.exceptions.GetTimeoutError:
                 continue  # what is asked for is out of the mailbox, perhaps: asking anew would lose it
             except ray.exceptions.RayError as error:
-                warn(f"the progress of the run can't be shown any more: {error}")
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                warn(
+                    "the run can't be followed any more, for the head or this driver's node is gone or restarts; should "
+                    f"the run end, the same command resumes it ({reason})"
+                )
                 return
             asked = None
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ os.environ |= {
 }
 
 from ray.cluster_utils import Cluster
+
+logging.getLogger("ray").setLevel(logging.WARNING)
 
 
 class Nodes:
