@@ -171,7 +171,7 @@ class _Following:
             except ray.exceptions.RayError as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 warn(
-                    "the run can't be followed any more, for the head or this driver's node is gone or restarts; should "
+                    "the run can't be followed any more, for its mailbox is gone, with the head or this node; should "
                     f"the run end, the same command resumes it ({reason})"
                 )
                 return
