@@ -18,7 +18,7 @@ import psutil
 
 from raytune_ds.rundir import parse_lines
 from tests.faults.chaos.scenarios import ENGINES, SETTINGS, STEPS, Scenario
-from tests.faults.chaos.strike import Missed, Struck, lines_of, strike
+from tests.faults.chaos.strike import Missed, Struck, lines_of, strike, survey
 from tests.faults.nodes import Nodes, nodes
 
 ATTEMPTS = 3
@@ -90,6 +90,10 @@ def _play(scenario: Scenario, rows: Path, run: Path, undisturbed: Path) -> Endin
                     driver.kill()
             if code == 0:
                 break
+            back.end()
+            back.begin(
+                survey(run, struck.what, struck.at)
+            )  # workers go on for a while without driver or head
             if struck.what == "head":
                 cluster = stack.enter_context(nodes(3))
         else:
@@ -115,6 +119,7 @@ class _Back:
         self._end = threading.Event()
 
     def begin(self, struck: Struck) -> None:
+        self._end.clear()
         self._struck = struck
         self._seconds: float | None = None
         self._thread = threading.Thread(target=self._look, daemon=True)

@@ -77,6 +77,11 @@ def strike(scenario: Scenario, cluster: Nodes, driver: psutil.Popen, run: Path) 
             break
         after += 1  # it was finished in the meantime, which is a death like any other; once more
     threading.Event().wait(SETTLE_S)
+    return survey(run, what, at)
+
+
+def survey(run: Path, what: str, at: float) -> Struck:
+    """Where a run stands after something was killed."""
     there = lines_of(run / "metrics.jsonl")
     step = parse_lines(there[-1] + b"\n")[0]["step"] if there else 0
     return Struck(what, at, step, frozenset(there))
