@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.faults.test_kill import workers_after
+from tests.faults.workers import befall
 from tests.helpers import Run, step_losses
 
 
@@ -20,13 +18,7 @@ def test_a_worker_that_stops_answering_is_found(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stopped: list[psutil.Process] = []
-
-    def stop() -> None:
-        stopped.append(max(workers_after(tmp_path / "stuck", 20), key=lambda p: p.create_time()))
-        stopped[0].send_signal(signal.SIGSTOP)
-
-    threading.Thread(target=stop, daemon=True).start()
+    stopped = befall(tmp_path / "stuck", 20, psutil.Process.suspend)
     result = run("run.name=stuck", "scaling.hang_timeout_s=8", *settings)
     assert len(result.restarts) == 1
     assert result.restarts[0]["why"].startswith("workers hung: no sign of life: worker")
@@ -47,13 +39,7 @@ def test_of_a_collective_that_times_out_the_rank_is_named_that_did_not_come(
     run: Run, settings: tuple[str, ...], calm_losses: list[float], tmp_path: Path
 ) -> None:
     """The others give up before anybody looks for a hang."""
-    stopped: list[psutil.Process] = []
-
-    def stop() -> None:
-        stopped.append(max(workers_after(tmp_path / "late", 20), key=lambda p: p.create_time()))
-        stopped[0].send_signal(signal.SIGSTOP)
-
-    threading.Thread(target=stop, daemon=True).start()
+    stopped = befall(tmp_path / "late", 20, psutil.Process.suspend)
     timeouts = ("scaling.hang_timeout_s=null", "scaling.collective_timeout_s=8")
     result = run("run.name=late", *timeouts, *settings)
     [restart] = result.restarts

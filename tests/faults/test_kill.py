@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.faults.workers import befall
 from tests.helpers import Run, step_losses
-
-
-def workers_after(run_dir: Path, num_lines: int) -> list[psutil.Process]:
-    """The training workers of our own Ray, once there are so many lines in the run's metrics.jsonl."""
-    file = run_dir / "metrics.jsonl"
-    while not file.exists() or file.read_bytes().count(b"\n") < num_lines:
-        threading.Event().wait(0.02)
-    return [p for p in psutil.Process().children(recursive=True) if _is_worker(p)]
-
-
-def _is_worker(process: psutil.Process) -> bool:
-    return any("RayTrainWorker" in part for part in process.cmdline())
 
 
 def test_a_killed_worker_costs_only_time(
@@ -31,13 +19,7 @@ def test_a_killed_worker_costs_only_time(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Kill -9 of a rank in mid-run: to the bit the losses of an undisturbed run."""
-    killed: list[psutil.Process] = []
-
-    def kill() -> None:
-        killed.append(max(workers_after(tmp_path / "killed", 20), key=lambda p: p.create_time()))
-        killed[0].kill()
-
-    threading.Thread(target=kill, daemon=True).start()
+    killed = befall(tmp_path / "killed", 20, psutil.Process.kill)
     result = run("run.name=killed", *settings)
     assert killed, "the run ended before anything was killed"
     assert len(result.restarts) == 1

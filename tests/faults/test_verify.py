@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from pathlib import Path
 
+import psutil
 import pytest
 from ray.train import TrainingFailedError
 
 from raytune_ds import cli
-from tests.faults.test_kill import ROWS, SETTINGS, _kill_a_worker_after
-from tests.helpers import Run, metrics, write_jsonl
+from tests.faults.workers import befall
+from tests.helpers import Run, metrics
 
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_and_went_on_with_fewer_workers_is_proved(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, settings: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also, its rows are told, and a row of metrics.jsonl that is taken away is missed."""
-    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    settings = (
-        f"data.sources={data}",
-        "run.name=killed",
-        *SETTINGS,
-        "train.max_steps=40",
-        "scaling.max_failures=0",
-    )
-    killed: list[int] = []
-    killer = threading.Thread(
-        target=_kill_a_worker_after, args=(tmp_path / "killed", 12, killed), daemon=True
-    )
-    killer.start()
+    settings = (*settings, "run.name=killed", "train.max_steps=40", "scaling.max_failures=0")
+    killed = befall(tmp_path / "killed", 12, psutil.Process.kill)
     with pytest.raises(TrainingFailedError):
         run(*settings)
     assert killed
@@ -48,7 +37,7 @@ def test_a_run_that_was_killed_and_went_on_with_fewer_workers_is_proved(
     assert cli.main(["data", "--run", result.run, "--step", "30"]) == 0
     told = capsys.readouterr().out
     assert told.splitlines()[0].endswith("; trained on")
-    assert f"{data}, row " in told
+    assert "rows.jsonl, row " in told
     assert ": say " in told
 
     other = Path(shutil.copytree(result.run, tmp_path / "other"))
