@@ -34,6 +34,7 @@ _CALLED = {
         "block_size context_length cutoff_len max_length max_seq_len max_seq_length model_max_length "
         "sequence_len sequence_length"
     ),
+    "data.supervise": "assistant_only_loss completion_only_loss mask_history train_on_inputs",
     "data.chat_template": "template",
     "train.num_train_epochs": "epochs max_epochs num_epochs",
     "train.max_steps": "max_train_steps num_steps total_steps",

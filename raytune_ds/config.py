@@ -243,6 +243,11 @@ class DataConfig(Section):
         description="Length of a pack in tokens; examples are packed into it and a longer one is cut or"
         " dropped. 2048 holds nearly every instruction row and fits small GPUs.",
     )
+    supervise: Literal["all-turns", "last-turn"] = Field(
+        default="all-turns",
+        description="Which answers of a conversation are trained on. all-turns: each, in its own context; last-turn: "
+        "the last one, with all before it as context. Messages with 'weight': 0 or 'train': false never are.",
+    )
     on_bad_row: Literal["fail", "skip"] = Field(
         default="fail",
         description="What to do with a row that cannot be read. fail: stop and name file and row, "

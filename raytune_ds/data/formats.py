@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 FORMATS: tuple[str, ...] = ("messages", "sharegpt", "alpaca", "prompt-completion", "text")
 
@@ -63,6 +63,8 @@ class Example:
     """`{"type": "function", "function": {...}}` each, as apply_chat_template(tools=...) takes them."""
     text: str | None = None
     """Raw text; then `messages` is empty."""
+    silent: frozenset[int] = frozenset()
+    """Positions of assistant messages that are context only; never the last message."""
 
 
 class RowError(ValueError):
@@ -90,9 +92,9 @@ def detect(rows: Sequence[dict[str, Any]]) -> str:
 def to_example(row: dict[str, Any], format: str) -> Example:
     """The example that `row` holds; `format` is one of FORMATS.
 
-    Null values count as absent. Messages after the last one of the assistant are cut off, as nothing there is
-    trained on. Every assistant message is meant to be trained on, those within a 'prompt' included.
-    Raises RowError.
+    Null values count as absent. Every assistant message is meant to be trained on, those within a 'prompt' included,
+    but for those with a 'weight' of 0 (as OpenAI has it) or 'train' false. Messages after the last one that is trained
+    on are cut off. Raises RowError.
     """
     try:
         return _READERS[format](_without_nulls(row))
@@ -268,8 +270,13 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 
 # ---- conversations --------------------------------------------------------------------------------
 
-# what to call a message in an error, and the message
-_Turn = tuple[str, Message]
+
+class _Turn(NamedTuple):
+    """What to call a message in an error, the message, and whether it is trained on if it is the assistant's."""
+
+    where: str
+    message: Message
+    trained: bool = True
 
 
 def _turns(value: object, what: str, within: str = "") -> list[_Turn]:
@@ -287,8 +294,6 @@ def _turn(item: Message, where: str) -> _Turn:
     if role is None:
         raise RowError(f"{where} has the unknown role {spoken[:40]!r}; known are {', '.join(_ROLES)}")
     where = f"{where} ({spoken})"
-    if role == "assistant" and item.get("weight") == 0:
-        raise RowError(f"{where} has weight 0: answers that are not to be trained on are not supported")
     calls = _tool_calls(item["tool_calls"], f"'tool_calls' of {where}") if item.get("tool_calls") else []
     if calls and not item.keys() & {"content", "value"}:
         content: Any = ""
@@ -300,35 +305,50 @@ def _turn(item: Message, where: str) -> _Turn:
     if calls:
         message["tool_calls"] = calls
     extras = {key: _string(item[key], f"'{key}' of {where}") for key in _EXTRAS if item.get(key)}
-    return where, message | extras
+    return _Turn(where, message | extras, _is_trained(item, role, where))
+
+
+def _is_trained(item: Message, role: str, where: str) -> bool:
+    weight, train = item.get("weight", 1), item.get("train", role == "assistant")
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise RowError(f"the 'weight' of {where} is {weight!r}, expected 0 or 1")
+    if not isinstance(train, bool):
+        raise RowError(f"'train' of {where} is {kind_of(train)}, expected true or false")
+    if train and role != "assistant":
+        raise RowError(f"{where} has 'train': true, but only the assistant's messages are trained on")
+    return train and weight == 1
 
 
 def _conversation(row: dict[str, Any], turns: list[_Turn]) -> Example:
     """The example of a conversation; `row` may add a system prompt and tools to it."""
     turns = _with_system(row, turns)
-    answers = [i for i, (_, message) in enumerate(turns) if message["role"] == "assistant"]
+    answers = [i for i, turn in enumerate(turns) if turn.message["role"] == "assistant"]
     if not answers:
         raise RowError("it has no assistant message: there is nothing to train on")
-    turns = turns[: answers[-1] + 1]
-    opener, first = next(turn for turn in turns if turn[1]["role"] != "system")
+    trained = [i for i in answers if turns[i].trained]
+    if not trained:
+        raise RowError("none of its answers is to be trained on: each has 'weight' 0 or 'train' false")
+    turns = turns[: trained[-1] + 1]
+    opener, first, _ = next(turn for turn in turns if turn.message["role"] != "system")
     if first["role"] != "user":
         raise RowError(f"{opener} opens the conversation; after the system prompt a user message is expected")
-    for where, message in turns:
+    for where, message, is_trained in turns:
         empty = not message["content"].strip() and not message.get("tool_calls")
-        if empty and message["role"] == "assistant":
+        if empty and is_trained and message["role"] == "assistant":
             raise RowError(f"{where} is empty: there is nothing to train on in this answer")
         _check_unicode(message, where)
-    return Example(tuple(message for _, message in turns), _tools(row))
+    silent = {i for i in answers if i < len(turns)} - set(trained)
+    return Example(tuple(turn.message for turn in turns), _tools(row), silent=frozenset(silent))
 
 
 def _with_system(row: dict[str, Any], turns: list[_Turn]) -> list[_Turn]:
     system = _string(row.get("system", ""), "'system'")
-    prompts = [message["content"] for _, message in turns if message["role"] == "system"]
+    prompts = [turn.message["content"] for turn in turns if turn.message["role"] == "system"]
     if not system.strip() or prompts == [system]:
         return turns
     if prompts:
         raise RowError("it has a 'system' and another system prompt among its messages: remove one")
-    return [("'system'", {"role": "system", "content": system}), *turns]
+    return [_said("'system'", "system", system), *turns]
 
 
 # ---- the formats ----------------------------------------------------------------------------------
@@ -367,7 +387,7 @@ def _history(row: dict[str, Any]) -> list[_Turn]:
 
 def _prompt_completion(row: dict[str, Any]) -> Example:
     prompt = _side(_need(row, "prompt"), "'prompt'", "user")
-    if not any(message["content"].strip() for _, message in prompt):
+    if not any(turn.message["content"].strip() for turn in prompt):
         raise RowError("'prompt' is empty")
     key = "completion" if "completion" in row else "response"
     completion = _side(_need(row, "completion", "response"), f"'{key}'", "assistant")
@@ -384,7 +404,7 @@ def _side(value: object, what: str, role: str) -> list[_Turn]:
 
 
 def _said(where: str, role: str, content: object) -> _Turn:
-    return where, {"role": role, "content": _string(content, where)}
+    return _Turn(where, {"role": role, "content": _string(content, where)})
 
 
 def _text(row: dict[str, Any]) -> Example:

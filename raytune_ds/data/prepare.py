@@ -62,6 +62,7 @@ def prepare(config: Config, inputs: Inputs, tokenizer: TokenizerSpec, path: str)
         tokenizer=tokenizer,
         seq_len=config.data.seq_len,
         on_long_row=config.data.on_long_row,
+        last_turn_only=config.data.supervise == "last-turn",
         seed=config.run.seed,
         eval_fraction=config.data.eval.fraction,
         num_buckets=max(1, inputs.text_bytes // (config.data.prepare_memory_mib * _MIB)),

@@ -49,6 +49,7 @@ class Job:
     tokenizer: TokenizerSpec
     seq_len: int
     on_long_row: str
+    last_turn_only: bool
     seed: int
     eval_fraction: float
     num_buckets: int
@@ -114,7 +115,7 @@ def _row_columns(block: list[tuple[int, int, int, str, str, bool]]) -> dict[str,
 
 def encode_block(block: pa.Table, job: Job) -> dict[str, list[Tally]]:
     """Encodes one block of rows, writes its sequences to the buckets, and tells what became of them."""
-    encoder = Encoder(load_tokenizer(job.tokenizer))
+    encoder = Encoder(load_tokenizer(job.tokenizer), job.last_turn_only)
     tally = Tally()
     documents: dict[str, list[Any]] = {name: [] for name in DOCUMENT_SCHEMA.names}
     columns = (block.column(name) for name in ("file", "index", "line", "json", "error", "fatal"))

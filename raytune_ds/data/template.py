@@ -4,7 +4,7 @@ The contract: what stands before a supervised turn is, token for token, what the
 `apply_chat_template(messages before it, add_generation_prompt=True)`; supervised are the turn itself and its end token.
 Where the template keeps that property over a conversation its turns share one sequence. Where it does not (R1's drops
 the reasoning of earlier turns and opens `<think>` itself) a new sequence starts. Which of the two holds is found by
-comparing token ids, never by the model's name.
+comparing token ids, never by the model's name. What looks like a control token in a content is text (`literal`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ds.data.formats import Example, RowError
+from raytune_ds.data.literal import Literals
 
 _OPENED_THINKING = re.compile(r"<think>\s*\Z")
 
@@ -41,9 +42,10 @@ class Encoded:
 class Encoder:
     """Renders and tokenizes examples for one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """`tokenizer` carries the chat template."""
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, last_turn_only: bool = False) -> None:
+        """`tokenizer` carries the chat template; with `last_turn_only` earlier answers are context."""
+        self.tokenizer, self._last_turn_only = tokenizer, last_turn_only
+        self._literals = Literals(tokenizer)
 
     def encode(self, example: Example) -> list[Encoded]:
         """All training sequences of one example.
@@ -54,8 +56,8 @@ class Encoder:
         if example.text is not None:
             return [self._encode_text(example.text)]
         sequences: list[Encoded] = []
-        for context, answer in self._turns(example):
-            context_ids, answer_ids = self._ids(context), self._ids(answer)
+        for context, answer in self._turns(self._literals.guarded(example)):
+            context_ids, answer_ids = self._literals.ids(context), self._literals.ids(answer)
             last = sequences[-1] if sequences else None
             if last is not None and context_ids[: len(last.ids)] == last.ids:
                 between = context_ids[len(last.ids) :]
@@ -81,12 +83,13 @@ class Encoder:
         return Encoded(ids, [1.0] * len(ids))
 
     def _turns(self, example: Example) -> Iterator[tuple[str, str]]:
-        """(what is seen when serving, what is to be answered) of each assistant turn."""
-        for position, message in enumerate(example.messages):
-            if message["role"] == "assistant":
-                context = self.render(example.messages[:position], example.tools, generate=True)
-                finished = self.render(example.messages[: position + 1], example.tools, generate=False)
-                yield context, self._answer(message, context, finished)
+        """(what is seen when serving, what is to be answered) of each turn that is trained on."""
+        answers = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        trained = [i for i in answers if i not in example.silent]
+        for position in trained[-1:] if self._last_turn_only else trained:
+            context = self.render(example.messages[:position], example.tools, generate=True)
+            finished = self.render(example.messages[: position + 1], example.tools, generate=False)
+            yield context, self._answer(example.messages[position], context, finished)
 
     def _answer(self, message: dict[str, Any], context: str, finished: str) -> str:
         """The supervised text of a turn: as the template renders it if it keeps it whole, else the turn itself.
@@ -128,9 +131,6 @@ class Encoder:
         except (TemplateError, TypeError, ValueError) as error:
             raise RowError(f"the chat template refuses it: {error}") from error
         return str(text)
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     @cached_property
     def _special_token(self) -> re.Pattern[str]:

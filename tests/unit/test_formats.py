@@ -76,6 +76,20 @@ def test_call_without_arguments():
         assert call == {"type": "function", "function": {"name": "f", "arguments": {}}}
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_answers_that_are_not_to_be_trained_on_are_context(mark):
+    silent, last = ASSISTANT | mark, ASSISTANT | {"weight": 1, "train": True}
+    example = to_example({"messages": [USER, silent, USER, last, USER, silent]}, "messages")
+    assert roles(example) == ["user", "assistant"] * 2  # nothing behind the last one is needed
+    assert example.silent == {1}
+    assert example.messages[1] == ASSISTANT
+
+
+def test_context_may_be_empty():
+    empty = {"role": "assistant", "content": "", "weight": 0}
+    assert to_example({"messages": [USER, empty, USER, ASSISTANT]}, "messages").silent == {1}
+
+
 def test_reasoning_is_kept():
     answer = ASSISTANT | {"reasoning_content": "hm"}
     assert to_example({"messages": [USER, answer]}, "messages").messages[1] == answer
@@ -178,7 +192,16 @@ def turn(**fields: Any) -> dict[str, Any]:
             ["message 2 (assistant)", "opens"],
         ),
         ("messages", turn(content=" \n"), ["message 2 (assistant) is empty", "nothing to train on"]),
-        ("messages", turn(content="a", weight=0), ["message 2", "weight 0"]),
+        ("messages", turn(content="a", weight=0), ["none of its answers", "'weight' 0"]),
+        ("messages", turn(content="a", train=False), ["none of its answers", "'train' false"]),
+        ("messages", turn(content="a", weight=0.5), ["'weight' of message 2", "0.5", "0 or 1"]),
+        ("messages", turn(content="a", weight=True), ["'weight' of message 2", "True", "0 or 1"]),
+        ("messages", turn(content="a", train="no"), ["'train' of message 2", "a string", "true or false"]),
+        (
+            "messages",
+            {"messages": [USER | {"train": True}, ASSISTANT]},
+            ["message 1", "only the assistant's"],
+        ),
         ("messages", turn(content="\ud800"), ["message 2", "not valid Unicode", "U+D800"]),
         ("messages", turn(tool_calls=["x"]), ["message 2", "a string", "an object"]),
         ("messages", turn(tool_calls=[{"arguments": {}}]), ["message 2", "no 'name'"]),

@@ -175,6 +175,23 @@ def test_the_context_of_every_turn_is_what_is_seen_when_serving(
     assert len(sequences) == (1 if family in SHARE_ONE_SEQUENCE else len(answers))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@light
+@given(messages=conversations(), data=st.data(), last_turn_only=st.booleans())
+def test_turns_that_are_not_trained_on_are_context(
+    tokenizers: Tokenizers, family: str, messages: list[Message], data: st.DataObject, last_turn_only: bool
+) -> None:
+    tokenizer, end = tokenizers[family], FAMILIES[family][1]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    silent = data.draw(st.sets(st.sampled_from(answers)).map(frozenset)) - {answers[-1]}
+    sequences = Encoder(tokenizer, last_turn_only).encode(Example(tuple(messages), silent=silent))
+    trained = [i for i in answers if i not in silent]
+    expected = trained[-1:] if last_turn_only else trained
+    runs = supervised_runs(sequences)
+    assert [before for before, _ in runs] == [serve(tokenizer, messages[:i]) for i in expected]
+    assert [tokenizer.decode(own) for _, own in runs] == [messages[i]["content"] + end for i in expected]
+
+
 @light
 @given(messages=conversations(reasoned))
 def test_reasoning_stays_where_the_prompt_opens_it(tokenizers: Tokenizers, messages: list[Message]) -> None:

@@ -1,0 +1,115 @@
+"""Text that looks like a tokenizer's control tokens stays text, so nobody writes another's turn into a conversation.
+
+Chat templates put contents and control tokens into one string, of which a tokenizer can't tell who wrote what. So what
+looks like a control token in a content is marked before the template sees it, and tokenized apart, without the marks,
+by the same tokenizer without its added tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from raytune_ds.data.formats import Example, Message
+
+# Noncharacters, which Unicode keeps out of all text. The second one breaks a token apart, so that nothing finds it.
+_BEGIN, _WITHIN, _END = "\ufdd0", "\ufdd1", "\ufdd2"
+_MARKED = re.compile(f"{_BEGIN}(.){_WITHIN}([^{_END}]*){_END}", re.DOTALL)
+# Not control but content, where the assistant says it.
+_THINKING = re.compile(r"</?think>")
+_PROBE = ({"role": "user", "content": "u"}, {"role": "assistant", "content": "a"})
+
+
+class Literals:
+    """Control tokens of one tokenizer, where they are only text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """`tokenizer` carries the chat template."""
+        self._tokenizer = tokenizer
+
+    def guarded(self, example: Example) -> Example:
+        """The example with marks in all that must not become a control token.
+
+        In what the assistant reads that is everything that the tokenizer has added to its vocabulary. In what it says
+        it is what ends its turn or begins another's: tags of reasoning and tool calls are its own.
+        """
+        return replace(
+            example,
+            messages=tuple(self._guarded(message) for message in example.messages),
+            tools=tuple(_map(tool, self._in_prompts) for tool in example.tools),
+        )
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a rendered text, what is marked as text."""
+        ids: list[int] = []
+        end = 0
+        for mark in _MARKED.finditer(text):
+            ids += self._ids(text[end : mark.start()]) + self._plain_ids(mark.group(1) + mark.group(2))
+            end = mark.end()
+        return ids + self._ids(text[end:])
+
+    def _guarded(self, message: Message) -> Message:
+        pattern = self._in_answers if message["role"] == "assistant" else self._in_prompts
+        return {key: value if key == "role" else _map(value, pattern) for key, value in message.items()}
+
+    def _ids(self, text: str) -> list[int]:
+        return (
+            list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+        )
+
+    def _plain_ids(self, text: str) -> list[int]:
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        if set(ids).isdisjoint(self._tokenizer.added_tokens_decoder):
+            return list(ids)
+        # A model whose own vocabulary has the token whole.
+        return [i for char in text for i in self._plain.encode(char, add_special_tokens=False).ids]
+
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        """The tokenizer without its added tokens."""
+        made = json.loads(self._tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        return Tokenizer.from_str(json.dumps({**made, "added_tokens": [], "post_processor": None}))
+
+    @cached_property
+    def _in_prompts(self) -> re.Pattern[str]:
+        tokens = {str(token) for token in self._tokenizer.added_tokens_decoder.values()}
+        return _any_of(tokens | set(self._tokenizer.all_special_tokens))
+
+    @cached_property
+    def _in_answers(self) -> re.Pattern[str]:
+        around = {token for text in self._probes() for token in self._in_prompts.findall(text)}
+        return _any_of(
+            {token for token in around if not _THINKING.fullmatch(token)}
+            | set(self._tokenizer.all_special_tokens)
+        )
+
+    def _probes(self) -> list[str]:
+        """What the template puts around contents."""
+        render = self._tokenizer.apply_chat_template
+        try:
+            asked = render(list(_PROBE[:1]), add_generation_prompt=True, tokenize=False)
+            return [str(asked), str(render(list(_PROBE), tokenize=False))]
+        except (TemplateError, TypeError, ValueError):
+            return []  # whoever renders rows by it will hear why
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches the longest of them; nothing if there are none."""
+    return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True) if t) or r"(?!)")
+
+
+def _map(value: Any, pattern: re.Pattern[str]) -> Any:
+    """`value` with marks around what `pattern` matches in any string within it."""
+    if isinstance(value, str):
+        return pattern.sub(lambda found: f"{_BEGIN}{found[0][0]}{_WITHIN}{found[0][1:]}{_END}", value)
+    if isinstance(value, dict):
+        return {_map(key, pattern): _map(member, pattern) for key, member in value.items()}
+    return [_map(item, pattern) for item in value] if isinstance(value, list) else value
