@@ -139,13 +139,19 @@ def steps(root: str) -> list[int]:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def write_shards(path: str, rank: int, pieces: Iterable[Piece]) -> list[ShardFile]:
-    """Writes a rank's pieces below `path`, with memory for two files of them at a time.
+def write_shards(
+    path: str, rank: int, pieces: Iterable[Piece], written: Callable[[], None] = lambda: None
+) -> list[ShardFile]:
+    """Writes a rank's pieces below `path`, with memory for two files of them at a time; `written` is called for each.
 
     Raises:
         OSError: they can't be written.
     """
-    return [_write_shard(path, rank, number, shard) for number, shard in enumerate(_shards(pieces))]
+    files = []
+    for number, shard in enumerate(_shards(pieces)):
+        files.append(_write_shard(path, rank, number, shard))
+        written()
+    return files
 
 
 def _shards(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -516,7 +516,7 @@ class ScalingConfig(Section):
     hang_timeout_s: float | None = Field(
         default=600.0,
         gt=0,
-        description="Seconds without a sign of progress (a micro-batch, a tensor of a checkpoint) after which workers "
+        description="Seconds without a sign of progress (a micro-batch, a file of a checkpoint) after which workers "
         "count as hung: their stacks go to hangs/ in the run directory, and those that hold up the others are ended, "
         "which restarts the group. null: never. 600: no micro-batch takes as long, and a cluster that stands still "
         "costs more.",

@@ -16,6 +16,7 @@ class Restart:
         why: workers died, or their number changes.
         last_step: done before it; 0 if none was.
         from_step: of the checkpoint that the run went on from; 0 is the beginning.
+        lost_steps: that are done again.
         num_workers: afterwards.
         noticing_s: from the end of the last step until it was known that workers are gone.
         starting_s: from then until new ones run.
@@ -26,16 +27,12 @@ class Restart:
     why: str
     last_step: int
     from_step: int | None = None
+    lost_steps: int | None = None
     num_workers: int | None = None
     noticing_s: float | None = None
     starting_s: float | None = None
     loading_s: float | None = None
     first_step_s: float | None = None
-
-    @property
-    def lost_steps(self) -> int | None:
-        """Steps that are done again."""
-        return None if self.from_step is None else self.last_step - self.from_step
 
     def __str__(self) -> str:
         parts = {
@@ -78,7 +75,9 @@ class Downtime:
         self._next("starting_s", now)
 
     def _note_start(self, content: dict[str, Any], now: float) -> None:
-        self._next("loading_s", now, from_step=content["step"], num_workers=content["world_size"])
+        step = content["step"]
+        lost = max(0, self._last_step - step)  # steps that were left out are not heard of
+        self._next("loading_s", now, from_step=step, lost_steps=lost, num_workers=content["world_size"])
 
     def _note_step(self, content: dict[str, Any], now: float) -> Restart | None:
         was_down = self._is_down
@@ -87,7 +86,7 @@ class Downtime:
         return self.restarts[-1] if was_down else None
 
     def _begin(self, why: str, now: float) -> None:
-        since = now if self._stepped_at is None else self._stepped_at
+        since = self._at if self._is_down or self._stepped_at is None else self._stepped_at
         self.restarts.append(Restart(why, self._last_step, noticing_s=round(now - since, 2)))
         self._is_down, self._at = True, now
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import datetime
 from functools import partial
@@ -15,13 +15,17 @@ import ray
 import ray.train
 from ray.train import TrainingFailedError
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.constants import (
+    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+    WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
+)
 
 from raytune_ds.assignment import Assignment
 from raytune_ds.cluster import Scale
+from raytune_ds.config import ScalingConfig
 from raytune_ds.console import warn
 from raytune_ds.downtime import Downtime
-from raytune_ds.mailbox import ControllerReporter, Event, RestartReporter, open_mailbox
+from raytune_ds.mailbox import Event, Reporter, open_mailbox
 from raytune_ds.rayworker import worker_main
 from raytune_ds.rescue import rescue
 from raytune_ds.rundir import RunDir
@@ -33,6 +37,8 @@ ANSWER_S = 30.0
 # A group that may shrink is tried in its old size until Ray knows that a node is gone: by default a minute at a time.
 # What is there is placed in milliseconds.
 PLACED_S = 10
+NEVER_S = 1e9
+SPARE_S = 300.0
 # `ray job stop` kills after three seconds what has not ended by then.
 ABORT_S = 0.5
 
@@ -71,6 +77,7 @@ class Fitting:
         self._run, self._watcher = assignment.run, watcher
         self._mailbox = open_mailbox(assignment.run.name, assignment.config.scaling)
         self._trainer = _trainer(assignment, scale, self._mailbox, watcher.judges)
+        self._settings = _ray_settings(assignment.config.scaling, scale)
         self._ended: Future[Outcome] = Future()
         watcher.begins(self.kill)
         threading.Thread(target=self._fit, daemon=True).start()
@@ -104,7 +111,8 @@ class Fitting:
 
     def _fit(self) -> None:
         try:
-            with self._watcher, _Following(self._mailbox, self._watcher, self._run, self.downtime):
+            following = _Following(self._mailbox, self._watcher, self._run, self.downtime)
+            with _environment(self._settings), self._watcher, following:
                 outcome = self._trainer.fit().return_value
         except BaseException as error:
             self._ended.set_exception(error)
@@ -115,9 +123,28 @@ class Fitting:
             self._mailbox.__ray_terminate__.remote()  # its metrics go out once more, and end with it
 
 
-def _trainer(assignment: Assignment, scale: Scale, mailbox: Any, is_judged: bool) -> TorchTrainer:
+def _ray_settings(scaling: ScalingConfig, scale: Scale) -> dict[str, str]:
+    """What Ray Train reads from the environment of whoever starts a run."""
+    # Ray ends a worker that does not answer it, without a word of where it is: that comes after our own watch.
+    patience = NEVER_S if scaling.hang_timeout_s is None else 2 * scaling.hang_timeout_s + SPARE_S
+    settings = {WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR: str(patience)}
     if scale.fewest is not None:
-        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(PLACED_S))
+        settings[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR] = str(PLACED_S)
+    return {name: value for name, value in settings.items() if name not in os.environ}
+
+
+@contextlib.contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    """With these variables, which were not set before."""
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name in settings:
+            os.environ.pop(name, None)
+
+
+def _trainer(assignment: Assignment, scale: Scale, mailbox: Any, is_judged: bool) -> TorchTrainer:
     return TorchTrainer(
         partial(worker_main, assignment=assignment, mailbox=mailbox, is_judged=is_judged),
         torch_config=NodesTorchConfig(
@@ -139,7 +166,7 @@ def _trainer(assignment: Assignment, scale: Scale, mailbox: Any, is_judged: bool
                 max_failures=assignment.config.scaling.max_failures,
                 max_preemption_failures=assignment.config.scaling.max_preemptions,
             ),
-            callbacks=[RestartReporter(mailbox), ControllerReporter(mailbox)],
+            callbacks=[Reporter(mailbox)],
         ),
     )
 
@@ -187,8 +214,8 @@ class _Following:
     def _tell(self, events: list[Event]) -> None:
         for kind, content, at in events:
             if kind == "hang":
-                said = rescue(self._run, content["culprits"], content["places"])
-                self._watcher.show("warning", {"text": f"{content['text']}; {said}"})
+                # Beside the following, for it may hang itself: on storage, or on a node.
+                threading.Thread(target=self._rescue, args=(content,), daemon=True).start()
                 continue
             self._watcher.show(kind, content)
             if (restart := self._downtime.note(kind, content, at)) is not None:
@@ -196,3 +223,15 @@ class _Following:
             if kind == "eval" and self._watcher.judges:
                 step = content["step"]
                 self._mailbox.judge.remote(step, self._watcher.goes_on(step))
+
+    def _rescue(self, hang: dict[str, Any]) -> None:
+        warn(hang["text"])
+        try:
+            rescue(
+                self._run,
+                hang["places"],
+                lambda: ray.get(self._mailbox.hung.remote(), timeout=ANSWER_S),
+                warn,
+            )
+        except Exception as error:  # it is tried again should they still hang later
+            warn(f"nothing could be done about workers that hang: {error!r}")

@@ -73,7 +73,8 @@ def hooks_of(
     def log(row: Row) -> None:
         is_step = "loss" in row
         if tracking is not None:
-            tracking.log(row, plot=not is_step or row["step"] % config.train.logging_steps == 0)
+            with orders.pulse.resting():  # a tracker's server may keep us waiting, and is given up by itself
+                tracking.log(row, plot=not is_step or row["step"] % config.train.logging_steps == 0)
         if is_step:
             report("step", row)
         elif "eval_loss" in row:
@@ -83,7 +84,8 @@ def hooks_of(
 
     def save(progress: Progress) -> float:
         if tracking is not None:
-            tracking.flush()
+            with orders.pulse.resting():
+                tracking.flush()
         measured = progress.last_eval_loss if progress.eval_step == progress.step else None
         waited = saver.save(Label(progress.step, asdict(progress), measured))
         if waited > LONG_WAIT_S:

@@ -13,7 +13,7 @@ from ray.train import TrainingFailedError
 from raytune_ds import checkpoint, cluster, lease, storage
 from raytune_ds.assignment import Assignment, harmless_changes, require_same_run
 from raytune_ds.check import Checked, check
-from raytune_ds.compose import dump, replaced
+from raytune_ds.compose import dump, load, replaced
 from raytune_ds.config import Config
 from raytune_ds.console import human_count, human_time, say, warn
 from raytune_ds.data import prepared
@@ -205,11 +205,13 @@ def _claim(assignment: Assignment) -> None:
 
 
 def _config_before(run: RunDir) -> dict[str, Any] | None:
-    """As the last launch left it; None if there was none, or a crash of the machine left half of it."""
-    with contextlib.suppress(ValueError):
-        values = storage.read_json(run.config)
-        return values if isinstance(values, dict) else None
-    return None
+    """As the last launch left it, with our defaults for keys that are new since; None if there is none to read."""
+    if not storage.exists(run.config):
+        return None
+    try:
+        return load(storage.read_bytes(run.config).decode()).model_dump(mode="json")
+    except (UserError, UnicodeDecodeError):  # of another version, or a crash of the machine left half of it
+        return None
 
 
 def _finished_before(assignment: Assignment) -> Result | None:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import asdict
 from typing import Any
 
 import ray
-import ray.train
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import RestartingState
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_ds.config import ScalingConfig
@@ -36,6 +35,7 @@ class Mailbox:
             RunMetrics(run),
             Watch(scaling.hang_timeout_s, scaling.collective_timeout_s),
         )
+        self._group: dict[int, tuple[str, int]] = {}
         self._places: dict[int, Place] = {}
         self._verdicts: dict[int, asyncio.Future[bool]] = {}
         self._ended = False
@@ -44,12 +44,6 @@ class Mailbox:
 
     # ----------------------------------------------------------------------------------- from the workers
 
-    def arrived(self, world_size: int) -> None:
-        """The workers run; said by rank 0."""
-        self._watch.begin()
-        self._places = {}
-        self.put("arrived", {"world_size": world_size})
-
     def put(self, kind: str, content: dict[str, Any]) -> None:
         """One more event."""
         self._events.append((kind, content, time.monotonic()))
@@ -57,8 +51,13 @@ class Mailbox:
 
     def beat(self, beat: Beat, place: Place) -> None:
         """A worker's sign of life, and how to get at its process."""
-        self._watch.note(beat, time.monotonic())
-        self._places[beat.rank] = place
+        if self._group.get(beat.rank) == (place.node, place.pid):  # not of a group that is no more
+            self._watch.note(beat, time.monotonic())
+            self._places[beat.rank] = place
+
+    def leaves(self, rank: int) -> None:
+        """A worker has done all that it was to do."""
+        self._watch.leaves(rank)
 
     async def verdict(self, step: int) -> bool:
         """Whether to train on after a step: for the workers, who wait for it."""
@@ -74,10 +73,17 @@ class Mailbox:
         """Which actor controls the run."""
         self._controller = controller
 
-    def died(self, ranks: list[int], error: str) -> None:
-        """Why the workers are to be restarted."""
-        why = self._watch.explain(f"worker {', '.join(map(str, ranks))} died: {error}", time.monotonic())
-        self.put("restart", {"text": why, "rank": ranks[0]})
+    def group(self, group: dict[int, tuple[str, int]]) -> None:
+        """New workers begin: node and process of each rank."""
+        self._group, self._places = group, {}
+        self._watch.begin(group, time.monotonic())
+
+    def restart(self, ranks: list[int], error: str) -> None:
+        """The workers are restarted, for some of them died, or, if none did, for another reason."""
+        died = f"worker {', '.join(map(str, ranks))} died: {error}" if ranks else error
+        self.put(
+            "restart", {"text": self._watch.explain(died, time.monotonic()), "rank": min(ranks, default=0)}
+        )
 
     def leave(self) -> None:
         """The workers are about to be shut down."""
@@ -89,9 +95,14 @@ class Mailbox:
         """All events since the last time; with it the metrics are kept alive."""
         self._metrics.publish()
         if (hang := self._watch.look(time.monotonic())) is not None:
-            self.put("hang", {**asdict(hang), "places": self._places})
+            self.put("hang", {"text": hang.text, "places": dict(self._places)})
         events, self._events = self._events, []
         return events
+
+    def hung(self) -> tuple[int, ...]:
+        """The ranks that hold up the others, as of now."""
+        hang = self._watch.hang(time.monotonic())
+        return hang.culprits if hang is not None else ()
 
     def controller(self) -> Any:
         """The actor that controls the run; None while there is none."""
@@ -121,36 +132,46 @@ def open_mailbox(run: str, scaling: ScalingConfig) -> Any:
     return Mailbox.options(scheduling_strategy=here).remote(run, scaling)  # type: ignore[attr-defined]
 
 
-class RestartReporter(ray.train.UserCallback):
-    """Tells the mailbox why workers died."""
-
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called by Ray Train's controller before it restarts the worker group."""
-        # When one process is gone, the others' collectives fail: what they say of it explains nothing.
-        gone = {r: e for r, e in worker_exceptions.items() if isinstance(e, WorkerHealthCheckFailedError)}
-        errors = gone or worker_exceptions
-        error = next(iter(errors.values()))
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-        self._mailbox.died.remote(list(errors), reason.partition(_GUESSES)[0].strip())
-
-
-class ControllerReporter(ControllerCallback, WorkerGroupCallback):
-    """Tells the mailbox what Ray Train tells nobody: which actor controls the run, and when it ends the workers."""
+class Reporter(ControllerCallback, WorkerGroupCallback):
+    """Tells the mailbox what Ray Train's controller knows: itself, each group of workers, and why one is replaced."""
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Called by Ray Train's controller as it begins."""
+        """As the controller begins."""
         self._mailbox.controlled_by.remote(ray.get_runtime_context().current_actor)
 
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        """Once new workers are at work."""
+        places = {
+            worker.distributed_context.world_rank: (worker.metadata.node_id, worker.metadata.pid)
+            for worker in worker_group.get_workers()
+        }
+        self._mailbox.group.remote(places)
+
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        """Called by it before workers are asked to end."""
+        """Before workers are asked to end."""
         self._mailbox.leave.remote()
 
     def before_worker_group_abort(self, worker_group_context: Any) -> None:
-        """Called by it before workers are ended without asking."""
+        """Before workers are ended without asking."""
         self._mailbox.leave.remote()
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Whenever the controller decides something."""
+        if isinstance(current_state, RestartingState):
+            self._mailbox.restart.remote(*_why(current_state.training_failed_error))
+
+
+def _why(error: Exception) -> tuple[list[int], str]:
+    """Which ranks died, and of what."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    # When one process is gone, the others' collectives fail: what they say of it explains nothing.
+    gone = {rank: e for rank, e in failures.items() if isinstance(e, WorkerHealthCheckFailedError)}
+    chosen = gone or failures
+    first = next(iter(chosen.values()), error)
+    if isinstance(first, WorkerHealthCheckTimeoutError):
+        return list(chosen), "Ray could not reach it"
+    reason = (str(first).strip() or type(first).__name__).splitlines()[-1].strip()
+    return list(chosen), reason.partition(_GUESSES)[0].strip()

@@ -30,9 +30,12 @@ def worker_main(assignment: Assignment, mailbox: Any, is_judged: bool) -> Outcom
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where NCCL gathers objects
-    world = World(context.get_world_rank(), context.get_world_size(), device)
+    scaling = assignment.config.scaling
+    world = World(
+        context.get_world_rank(), context.get_world_size(), device, timeout_s=scaling.collective_timeout_s
+    )
     if world.is_main:
-        mailbox.arrived.remote(world.size)
+        mailbox.put.remote("arrived", {"world_size": world.size})
 
     def report(kind: str, content: dict[str, Any]) -> None:
         if world.is_main:
@@ -63,12 +66,15 @@ def worker_main(assignment: Assignment, mailbox: Any, is_judged: bool) -> Outcom
     pulse = Pulse(world.rank)
     orders = Orders(judge if is_judged else None, stop_asked, is_leaving, pulse)
     node = ray.get_runtime_context().get_node_id()
-    timeout = assignment.config.scaling.hang_timeout_s
+    limits = [limit for limit in (scaling.hang_timeout_s, scaling.collective_timeout_s) if limit]
     with (
         stacks.on_demand(node) as place,
-        _beating(pulse, place, mailbox, min(BEAT_S, (timeout or BEAT_S) / 4)),
+        _beating(pulse, place, mailbox, min([BEAT_S, *(limit / 4 for limit in limits)])),
     ):
-        return run_worker(assignment, world, _open_stream, report, orders)
+        outcome = run_worker(assignment, world, _open_stream, report, orders)
+    # Only one that ends well leaves: whoever fails is still what the others waited for.
+    mailbox.leaves.remote(world.rank)
+    return outcome
 
 
 @contextlib.contextmanager
@@ -87,8 +93,6 @@ def _beating(pulse: Pulse, place: Place, mailbox: Any, every_s: float) -> Iterat
     finally:
         end.set()
         thread.join()
-        pulse.rests()
-        mailbox.beat.remote(pulse.beat(), place)
 
 
 def _open_stream(store: Any, share: Any, steps: range) -> Any:

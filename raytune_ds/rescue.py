@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
+from typing import Any
 
 from raytune_ds import nodes, stacks, storage
 from raytune_ds.nodes import Delegates, Node, Silent
@@ -11,53 +12,73 @@ from raytune_ds.rundir import RunDir
 from raytune_ds.stacks import Place
 
 ANSWER_S = 60.0
-"""That a node has to answer: a process has to start there, and each stack takes a few seconds at worst."""
+"""That a node has to answer: a process has to start there."""
 
 
-def rescue(run: RunDir, culprits: Iterable[int], places: Mapping[int, Place]) -> str:
-    """Writes the stacks of all workers of a run, and ends some of them, so that Ray Train starts the group anew.
+def rescue(
+    run: RunDir,
+    places: Mapping[int, Place],
+    still_hung: Callable[[], Collection[int]],
+    say: Callable[[str], None],
+) -> None:
+    """Asks all workers of a run for their stacks, ends some of them, so that Ray Train starts the group anew, and keeps
+    the stacks; in this order, for storage may be what hangs.
 
     Args:
         run: its directory.
-        culprits: the ranks to end.
         places: of all ranks.
-
-    Returns:
-        The folder of the stacks, or why there is none.
+        still_hung: the ranks to end, asked when all is ready for it; none where they have got on meanwhile.
+        say: hears of the end of each, and where the stacks are.
     """
+    by_node = _by_node(places)
+    with Delegates(list(by_node)) as delegates:
+        answers = delegates.run_each(stacks.of_each, _arguments(by_node, places), ANSWER_S)
+        culprits = still_hung()
+        if culprits:
+            left = delegates.run_each(stacks.kill_each, _arguments(by_node, culprits), ANSWER_S)
+            for node, alive in left.items():
+                if alive:
+                    said = alive.reason if isinstance(alive, Silent) else f"ranks {alive} are still there"
+                    say(f"workers that hang can't be ended on node {node.name}: {said}")
+        else:
+            say("the workers get on again; none was ended")
+    texts = _texts(places, by_node, answers)
+    folder = f"{run.hangs}/{datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        for rank, text in texts.items():
+            storage.write_bytes(f"{folder}/rank-{rank:05d}.txt", text.encode())
+    except OSError as error:
+        say(f"the stacks of the workers can't be written: {error}")
+        return
+    say(f"the stacks of all workers are in {folder}")
+
+
+def _by_node(places: Mapping[int, Place]) -> dict[Node, dict[int, Place]]:
+    """The places on each node that is alive."""
     there = {node.id: node for node in nodes.alive()}
     by_node: dict[Node, dict[int, Place]] = {}
     for rank, place in places.items():
         if place.node in there:
             by_node.setdefault(there[place.node], {})[rank] = place
-    folder = f"{run.hangs}/{datetime.now():%Y%m%d-%H%M%S}"
-    with Delegates(list(by_node)) as delegates:
-        answers = delegates.run_each(
-            stacks.of_each, {node: (ranks,) for node, ranks in by_node.items()}, ANSWER_S
-        )
-        said = _write(folder, places, by_node, answers)
-        ended = {
-            node: ({rank: place for rank, place in ranks.items() if rank in set(culprits)},)
-            for node, ranks in by_node.items()
-        }
-        delegates.run_each(stacks.kill_each, ended, ANSWER_S)
-    return said
+    return by_node
 
 
-def _write(
-    folder: str,
+def _arguments(by_node: Mapping[Node, Mapping[int, Place]], ranks: Collection[int]) -> dict[Node, tuple[Any]]:
+    return {
+        node: ({rank: place for rank, place in there.items() if rank in ranks},)
+        for node, there in by_node.items()
+    }
+
+
+def _texts(
     places: Mapping[int, Place],
     by_node: Mapping[Node, Mapping[int, Place]],
     answers: Mapping[Node, dict[int, str] | Silent],
-) -> str:
+) -> dict[int, str]:
+    """What is known of each rank."""
     texts = dict.fromkeys(places, "its node is gone\n")
     for node, answer in answers.items():
         if isinstance(answer, Silent):
             answer = dict.fromkeys(by_node[node], f"node {node.name}: {answer.reason}\n")
         texts |= answer
-    try:
-        for rank, text in texts.items():
-            storage.write_bytes(f"{folder}/rank-{rank:05d}.txt", text.encode())
-    except OSError as error:
-        return f"their stacks can't be written: {error}"
-    return f"the stacks of all workers are in {folder}"
+    return texts

@@ -10,7 +10,7 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ class Saver:
             world: the ranks.
             done: hears of each finished checkpoint, from another thread.
             warn: hears of each that failed.
-            lives: called for each piece that is written, which shows that storage still takes them.
+            lives: called for each file that is written, which shows that storage still takes them.
         """
         self._root, self._config, self._identity = root, config, identity
         self._engine, self._shapes = engine, shapes
@@ -186,7 +186,7 @@ class Saver:
             storage.make_dir(path)
 
         def write_mine() -> None:
-            files.extend(checkpoint.write_shards(path, self._world.rank, self._watched(pieces())))
+            files.extend(checkpoint.write_shards(path, self._world.rank, pieces(), self._lives))
 
         def finish() -> None:
             assert manifest is not None
@@ -206,11 +206,6 @@ class Saver:
                     storage.delete_dir(path)
             raise
         return manifest
-
-    def _watched(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        for piece in pieces:
-            self._lives()
-            yield piece
 
     def _together(self, action: Callable[[], None], main_only: bool = False) -> None:
         """Does something on all ranks, or on rank 0; if it fails on one, it fails on all."""

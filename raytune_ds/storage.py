@@ -185,8 +185,12 @@ def copy(source: str, target: str) -> None:
     """Copies a file from anywhere to anywhere."""
     there, inner = open_filesystem(source)
     filesystem, place = open_filesystem(target)
-    filesystem.create_dir(place.rpartition("/")[0], recursive=True)
-    _persist(lambda: pafs.copy_files(inner, place, there, filesystem))
+
+    def attempt() -> None:
+        filesystem.create_dir(place.rpartition("/")[0], recursive=True)
+        pafs.copy_files(inner, place, there, filesystem)
+
+    _persist(attempt)
 
 
 def check_writable(path: str) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from raytune_ds.console import human_time
 
 NAMED = 4
 """Of workers that hang, as many are told of; the stacks are there of all."""
-_TIMED_OUT = re.compile(r"tim(?:ed|e) ?out", re.IGNORECASE)
+BLIND_S = 10.0
+"""Between two looks, which are fractions of a second apart where nothing is wrong."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,19 @@ class Pulse:
         self._signs += 1
 
     def rests(self) -> None:
-        """It does not train any more."""
+        """It is at something long that shows no progress, or does not train any more."""
         self._doing = None
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """For what others do not do: it is no new place."""
+        doing = self._doing
+        self.rests()
+        try:
+            yield
+        finally:
+            self._doing = doing
+            self.lives()
 
     def beat(self) -> Beat:
         """As of now."""
@@ -76,8 +88,12 @@ class _Seen:
     heard_at: float
     moved_at: float
 
+    @property
+    def doing(self) -> str:
+        return self.beat.doing or "not training"
+
     def since(self, now: float) -> str:
-        return f"{self.beat.doing} for {human_time(now - self.moved_at)}"
+        return f"{self.doing} for {human_time(now - self.moved_at)}"
 
 
 class Watch:
@@ -92,66 +108,88 @@ class Watch:
         """
         self._timeout_s, self._collective_timeout_s = timeout_s, collective_timeout_s
         self._seen: dict[int, _Seen] = {}
-        self._watches, self._hang, self._told_at = False, "", 0.0
+        self._hang, self._told_at = "", 0.0
+        self._looked_at: float | None = None
 
-    def begin(self) -> None:
-        """A new group is there."""
-        self._seen, self._watches, self._hang = {}, True, ""
+    def begin(self, ranks: Iterable[int], now: float) -> None:
+        """These are a new group."""
+        self._seen = {rank: _Seen(Beat(rank, 0, 0, None), now, now) for rank in ranks}
+        self._hang = ""
 
     def end(self) -> None:
         """The group is about to be shut down."""
-        self._watches = False
+        self._seen = {}
 
     def note(self, beat: Beat, now: float) -> None:
         """A sign of life."""
-        if not self._watches:
-            return
         before = self._seen.get(beat.rank)
-        still = before is not None and (before.beat.signs, before.beat.doing) == (beat.signs, beat.doing)
-        self._seen[beat.rank] = _Seen(beat, now, before.moved_at if still and before else now)
+        if before is None:
+            return
+        if (before.beat.signs, before.beat.doing) == (beat.signs, beat.doing):
+            self._seen[beat.rank] = _Seen(beat, now, before.moved_at)
+        else:
+            self._seen[beat.rank] = _Seen(beat, now, now)
+            self._hang = ""
+
+    def leaves(self, rank: int) -> None:
+        """A worker has done all that it was to do."""
+        self._seen.pop(rank, None)
 
     def look(self, now: float) -> Hang | None:
         """Workers that do not get on; again after as long a time, should nobody have helped."""
-        training = self._training()
-        if not self._watches or self._timeout_s is None or not training:
+        self._forgive(now)
+        hang = self.hang(now)
+        if hang is None or (self._hang and self._timeout_s and now - self._told_at <= self._timeout_s):
             return None
-        if self._hang and now - self._told_at <= self._timeout_s:
+        self._hang, self._told_at = hang.text, now
+        return hang
+
+    def hang(self, now: float) -> Hang | None:
+        """Workers that do not get on."""
+        if self._timeout_s is None or not self._seen:
             return None
-        if silent := [seen for seen in training if now - seen.heard_at > self._timeout_s]:
+        limit, everybody = now - self._timeout_s, self._seen.values()
+        if silent := [seen for seen in everybody if seen.heard_at < limit]:
             text = _each(
-                silent, lambda s: f"not heard of since {human_time(now - s.heard_at)}, {s.beat.doing} then"
+                silent, lambda s: f"not heard of since {human_time(now - s.heard_at)}, {s.doing} then"
             )
-            return self._told(f"no sign of life: {text}", silent, now)
-        if any(now - seen.moved_at <= self._timeout_s for seen in training):
+            return _hang_of(f"no sign of life: {text}", silent)
+        # One that does not train may be at something long that shows no progress, and the others wait for it.
+        if any(seen.beat.doing is None or seen.moved_at >= limit for seen in everybody):
             return None
         if behind := self._behind():
-            text = f"the others wait for {_each(behind, lambda seen: seen.since(now))}"
-            return self._told(text, behind, now)
-        return self._told(f"none gets on: {_each(training, lambda seen: seen.since(now))}", training, now)
+            return _hang_of(f"the others wait for {_each(behind, lambda seen: seen.since(now))}", behind)
+        return _hang_of(f"none gets on: {_each(everybody, lambda seen: seen.since(now))}", everybody)
 
     def explain(self, error: str, now: float) -> str:
-        """Why workers died: the hang that was seen, or the error, and of a time-out which rank did not come."""
-        if self._hang or not _TIMED_OUT.search(error):
-            return self._hang or error
-        # Whoever was waited for was silent all that time, or is still at an earlier place.
-        silent = [seen for seen in self._training() if now - seen.heard_at > self._collective_timeout_s / 2]
-        if absent := silent or self._behind():
-            return f"{error}; did not come: {_each(absent, lambda seen: seen.beat.doing or '')}"
-        return error
-
-    def _training(self) -> list[_Seen]:
-        return [seen for seen in self._seen.values() if seen.beat.doing is not None]
+        """Why workers died: the hang that was seen, or the error, and after a time-out which rank did not come."""
+        if self._hang:
+            return self._hang
+        limit, everybody = now - self._collective_timeout_s / 2, self._seen.values()
+        silent = [seen for seen in everybody if seen.heard_at < limit]
+        stood_still = everybody and all(seen.moved_at < limit for seen in everybody)
+        absent = silent or (self._behind() if stood_still else [])
+        return f"{error}; did not come: {_each(absent, lambda seen: seen.doing)}" if absent else error
 
     def _behind(self) -> list[_Seen]:
         """Those at an earlier place than the others."""
-        training = self._training()
-        first = min((seen.beat.place for seen in training), default=0)
-        behind = [seen for seen in training if seen.beat.place == first]
-        return behind if len(behind) < len(training) else []
+        first = min((seen.beat.place for seen in self._seen.values()), default=0)
+        behind = [seen for seen in self._seen.values() if seen.beat.place == first]
+        return behind if len(behind) < len(self._seen) else []
 
-    def _told(self, text: str, culprits: list[_Seen], now: float) -> Hang:
-        self._hang, self._told_at = f"workers hung: {text}", now
-        return Hang(self._hang, tuple(sorted(seen.beat.rank for seen in culprits)))
+    def _forgive(self, now: float) -> None:
+        """Who does not look for long was stopped, and perhaps all with it: that time does not count."""
+        gap = 0.0 if self._looked_at is None else now - self._looked_at
+        self._looked_at = now
+        if gap > BLIND_S:
+            self._seen = {
+                rank: _Seen(seen.beat, min(now, seen.heard_at + gap), min(now, seen.moved_at + gap))
+                for rank, seen in self._seen.items()
+            }
+
+
+def _hang_of(text: str, culprits: Iterable[_Seen]) -> Hang:
+    return Hang(f"workers hung: {text}", tuple(sorted(seen.beat.rank for seen in culprits)))
 
 
 def _each(several: Iterable[_Seen], tell: Callable[[_Seen], str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,12 +37,14 @@ class World:
         size: number of ranks; with 1 no process group is needed.
         device: where this rank computes.
         group: the process group; None is the one that torch was started with.
+        timeout_s: after which ranks that wait for others in a group made here give up.
     """
 
     rank: int
     size: int
     device: torch.device
     group: dist.ProcessGroup | None = None
+    timeout_s: float = 1800.0
 
     @staticmethod
     def alone(device: str = "cpu") -> World:
@@ -74,7 +77,8 @@ class World:
         """The same ranks in a group of their own on the CPU, whose collectives do not mix with those of this one."""
         if self.size == 1:
             return self
-        return replace(self, device=torch.device("cpu"), group=dist.new_group(backend="gloo"))
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+        return replace(self, device=torch.device("cpu"), group=group)
 
     def sum(self, *values: torch.Tensor | float) -> list[float]:
         """The sum over all ranks of each value, in float64, in one collective."""

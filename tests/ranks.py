@@ -62,7 +62,7 @@ def on_ranks(
 
     def work(rank: int) -> None:
         try:
-            results[rank] = action(ThreadRank(rank, size, torch.device("cpu"), None, meeting))
+            results[rank] = action(ThreadRank(rank, size, torch.device("cpu"), meeting=meeting))
         except Exception as error:
             results[rank] = error
             if not isinstance(error, shared):

@@ -665,6 +665,27 @@ def test_a_write_that_fails_leaves_the_old_content(
     assert storage.list_names(str(tmp_path)) == ["a.json"]  # and no scratch file beside it
 
 
+@pytest.mark.parametrize(
+    ("number", "tries"), [(errno.EIO, 3), (errno.ESTALE, 3), (errno.ENOSPC, 1), (errno.EACCES, 1)]
+)
+def test_what_may_pass_is_tried_again_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, tries: int
+) -> None:
+    """A full disk stays full, and whoever waits for it could make room instead."""
+    tried: list[int] = []
+
+    def fail(handle: int) -> None:
+        tried.append(handle)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(storage, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        storage.write_bytes(f"{tmp_path}/file", b"content")
+    assert len(tried) == tries
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nobody_sees_a_file_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
     storage.write_bytes(str(path), b"old")

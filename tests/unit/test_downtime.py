@@ -33,7 +33,7 @@ def test_a_calm_run_has_no_restarts() -> None:
 
 def test_every_part_of_a_restart_is_told() -> None:
     downtime, done = told(*START, DIED, *BACK, ("step", {"step": 3}, 60.0))
-    expected = Restart("worker 1 died", 2, 1, 2, 3.0, 20.0, 7.0, 2.0)
+    expected = Restart("worker 1 died", 2, 1, 1, 2, 3.0, 20.0, 7.0, 2.0)
     assert downtime.restarts == done == [expected]
     assert expected.lost_steps == 1
     assert str(expected) == (
@@ -53,7 +53,7 @@ def test_new_workers_without_a_death_are_a_change_of_their_number() -> None:
 def test_what_is_not_over_is_told_as_far_as_it_came() -> None:
     downtime, done = told(*START, DIED, BACK[0])
     assert done == []
-    assert downtime.restarts == [Restart("worker 1 died", 2, None, None, 3.0, 20.0)]
+    assert downtime.restarts == [Restart("worker 1 died", 2, noticing_s=3.0, starting_s=20.0)]
     assert downtime.restarts[0].lost_steps is None
 
 
@@ -61,6 +61,16 @@ def test_workers_that_die_before_they_train_are_two_restarts() -> None:
     downtime, done = told(*START, DIED, BACK[0], ("restart", {"text": "again"}, 55.0), *BACK[1:])
     assert [restart.why for restart in downtime.restarts] == ["worker 1 died", "again"]
     assert [restart.why for restart in done] == ["again"]
+    assert [restart.noticing_s for restart in downtime.restarts] == [
+        3.0,
+        5.0,
+    ]  # the time since, and not twice
+
+
+def test_steps_that_were_left_out_are_not_lost() -> None:
+    """Nobody reports them, so the checkpoint may be of a later step than the last one that was heard of."""
+    downtime, _ = told(*START, DIED, BACK[0], ("start", {"step": 5, "world_size": 2}, 57.0))
+    assert downtime.restarts[0].lost_steps == 0
 
 
 def test_a_death_before_the_first_step_costs_no_step() -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+from ray.train.v2.api.exceptions import WorkerGroupError
 
-from raytune_ds import fitting
+from raytune_ds import fitting, mailbox
+from raytune_ds.cluster import Scale
 from raytune_ds.config import ScalingConfig
 from raytune_ds.downtime import Downtime
 from raytune_ds.fitting import _Following
 from raytune_ds.mailbox import Mailbox
 from raytune_ds.rundir import RunDir
+from raytune_ds.stacks import Place
+from raytune_ds.watch import Pulse
 
 Post = Mailbox.__ray_metadata__.modified_class
 
@@ -110,3 +116,75 @@ def test_a_verdict_may_come_before_it_is_asked_for() -> None:
         return bool(await post.verdict(1))
 
     assert asyncio.run(asyncio.wait_for(verdict(), 10))
+
+
+class Lost(WorkerHealthCheckFailedError):
+    """A worker whose process is gone."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("A worker health check failed.", RuntimeError(text))
+
+
+PEER = RuntimeError("gloo: Connection reset by peer")
+EXIT = "Worker exit type: SYSTEM_ERROR."
+
+
+@pytest.mark.parametrize(
+    ("failures", "ranks", "reason"),
+    [
+        (
+            {0: PEER, 1: Lost("Worker exit type: SYSTEM_ERROR. Some common causes include: (1)")},
+            [1],
+            "Worker exit type: SYSTEM_ERROR.",
+        ),
+        (
+            {0: PEER, 2: RuntimeError("CUDA out of memory")},
+            [0, 2],
+            "gloo/transport/tcp/pair.cc: Connection reset by peer",
+        ),
+        ({1: WorkerHealthCheckTimeoutError("slow")}, [1], "Ray could not reach it"),
+        ({3: ValueError()}, [3], "ValueError"),
+    ],
+)
+def test_who_died_is_told_and_not_what_it_did_to_the_others(
+    failures: dict[int, Exception], ranks: list[int], reason: str
+) -> None:
+    assert mailbox._why(WorkerGroupError("...", failures)) == (ranks, reason)
+
+
+def test_a_restart_without_a_death_has_its_reason_too() -> None:
+    """A node that gave notice, whose time is up."""
+    assert mailbox._why(RuntimeError("interrupted by node preemption")) == (
+        [],
+        "interrupted by node preemption",
+    )
+
+
+def test_signs_of_life_count_from_the_group_that_is_there_only() -> None:
+    post = Post("run", ScalingConfig(hang_timeout_s=0.001))
+    pulse = Pulse(0)
+    pulse.moves("computing step 1")
+    post.group({0: ("node", 7)})
+    post.beat(pulse.beat(), Place("node", 6, 0.0, "old"))
+    assert not post._places
+    post.beat(pulse.beat(), Place("node", 7, 0.0, "new"))
+    while not post.hung():
+        continue
+    told = [(kind, content["places"][0].file) for kind, content, _ in post.take() if kind == "hang"]
+    assert told == [("hang", "new")]
+    post.leaves(0)
+    assert post.hung() == ()
+
+
+def test_ray_has_more_patience_than_our_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+    monkeypatch.delenv(name, raising=False)
+    scale = Scale(2, False, 1)
+    for given, least in ((600.0, 1200.0), (None, 1e8)):
+        settings = fitting._ray_settings(ScalingConfig(hang_timeout_s=given), scale)
+        assert float(settings[name]) > least
+        with fitting._environment(settings):
+            assert os.environ[name] == settings[name]
+        assert name not in os.environ
+    monkeypatch.setenv(name, "5")
+    assert fitting._ray_settings(ScalingConfig(), scale) == {}

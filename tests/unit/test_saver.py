@@ -274,10 +274,10 @@ def test_the_copy_has_its_place_in_memory_for_good(run: Run, monkeypatch: pytest
     places: list[list[int]] = []
     write_shards = checkpoint.write_shards
 
-    def note(path: str, rank: int, pieces: Any) -> Any:
+    def note(path: str, rank: int, pieces: Any, written: Any) -> Any:
         pieces = list(pieces)
         places.append([piece.tensor.data_ptr() for piece in pieces])
-        return write_shards(path, rank, pieces)
+        return write_shards(path, rank, pieces, written)
 
     monkeypatch.setattr(checkpoint, "write_shards", note)
     for step in (1, 2):
@@ -293,11 +293,11 @@ def test_in_the_foreground_nothing_is_copied_and_all_is_done_at_once(
     run, places = Run(root, background=False), []
     write_shards = checkpoint.write_shards
 
-    def note(path: str, rank: int, pieces: Any) -> Any:
+    def note(path: str, rank: int, pieces: Any, written: Any) -> Any:
         pieces = list(pieces)
         places.extend(piece.tensor.data_ptr() for piece in pieces)
         gate.open(seconds=100)
-        return write_shards(path, rank, pieces)
+        return write_shards(path, rank, pieces, written)
 
     monkeypatch.setattr(checkpoint, "write_shards", note)
     assert run.save(1) == 100

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-
 from raytune_ds.watch import Hang, Pulse, Watch
 
 
 def watched(timeout_s: float | None = 10.0, size: int = 3) -> tuple[Watch, list[Pulse]]:
     watch, pulses = Watch(timeout_s, 5.0), [Pulse(rank) for rank in range(size)]
-    watch.begin()
+    watch.begin(range(size), 0.0)
     for pulse in pulses:
         pulse.moves("computing step 1")
         watch.note(pulse.beat(), 0.0)
@@ -67,35 +65,78 @@ def test_where_nothing_tells_them_apart_all_are_named() -> None:
 def test_a_hang_is_told_once_and_again_if_nobody_helps() -> None:
     watch, pulses = watched()
     looks = []
-    for now in range(30):
+    for now in range(30):  # it is looked every second
         beat(watch, pulses, now)
         looks.append(watch.look(now) is not None)
     assert [now for now, told in enumerate(looks) if told] == [11, 22]
 
 
-@pytest.mark.parametrize("rests", [True, False])
-def test_who_does_not_train_does_not_hang(rests: bool) -> None:
-    """Before it began, or while the model is written."""
-    watch = Watch(10.0, 5.0)
-    watch.begin()
-    pulse = Pulse(0)
-    if rests:
-        pulse.moves("computing step 1")
-        pulse.rests()
-    watch.note(pulse.beat(), 0.0)
-    assert watch.look(1000.0) is None
-
-
-def test_a_group_that_is_shut_down_does_not_hang_nor_does_what_it_still_says_count() -> None:
+def test_who_does_not_train_does_not_hang_nor_do_those_who_wait_for_it() -> None:
+    """While it loads, or a tracker keeps it waiting."""
     watch, pulses = watched()
+    pulses[1].rests()
+    for now in range(0, 100, 5):
+        beat(watch, pulses, now)
+        assert watch.look(now) is None
+
+
+def test_but_it_has_to_show_that_it_lives() -> None:
+    """From the moment on that it is there."""
+    watch = Watch(10.0, 5.0)
+    watch.begin([0, 1], 0.0)
+    watch.note(Pulse(1).beat(), 8.0)
+    assert watch.look(9.0) is None
+    hang = watch.look(12.0)
+    assert hang is not None
+    assert hang.text == "workers hung: no sign of life: worker 0 (not heard of since 12s, not training then)"
+
+
+def test_what_one_rank_does_alone_is_no_new_place() -> None:
+    watch, pulses = watched()
+    with pulses[0].resting():
+        assert pulses[0].beat().doing is None
+    assert pulses[0].beat().doing == "computing step 1"
+    pulses[1].moves("computing step 2")
+    for now in (1.0, 12.0):
+        beat(watch, pulses, now)
+    hang = watch.hang(12.0)
+    assert hang is not None
+    assert hang.culprits == (0, 2)
+
+
+def test_who_has_done_all_does_not_hang() -> None:
+    watch, pulses = watched()
+    watch.leaves(1)
+    watch.note(pulses[1].beat(), 1.0)  # on its way since before
+    beat(watch, [pulses[0], pulses[2]], 12.0)
+    pulses[0].lives()
+    beat(watch, [pulses[0], pulses[2]], 13.0)
+    assert watch.look(13.0) is None
+
+
+def test_a_group_that_is_shut_down_does_not_hang() -> None:
+    watch, _ = watched()
     watch.end()
     assert watch.look(50.0) is None
-    watch.note(pulses[2].beat(), 51.0)  # a third worker, which the next group has not got
-    watch.begin()
-    beat(watch, pulses[:2], 52.0)
+
+
+def test_a_rank_that_a_new_group_has_not_got_is_not_waited_for() -> None:
+    watch, pulses = watched()
+    watch.begin([0, 1], 50.0)
+    watch.note(pulses[2].beat(), 51.0)
     pulses[0].lives()
-    beat(watch, pulses[:2], 62.0)
-    assert watch.look(62.5) is None
+    beat(watch, pulses[:2], 60.0)
+    assert watch.look(61.0) is None
+
+
+def test_time_in_which_nobody_looked_does_not_count() -> None:
+    """The machine was stopped, and all of them with it."""
+    watch, pulses = watched()
+    assert watch.look(1.0) is None
+    assert watch.look(1000.0) is None
+    beat(watch, pulses[:2], 1005.0)
+    assert watch.look(1005.0) is None
+    assert watch.look(1011.0) is not None
 
 
 def test_without_a_timeout_nobody_is_looked_for() -> None:
@@ -106,13 +147,20 @@ def test_without_a_timeout_nobody_is_looked_for() -> None:
 TIMED_OUT = "worker 0, 2 died: Timed out waiting 5000ms for recv operation to complete"
 
 
+def test_a_death_while_others_get_on_is_no_timeout() -> None:
+    watch, pulses = watched(timeout_s=None)
+    pulses[0].moves("computing step 2")
+    beat(watch, pulses, 4.0)
+    assert watch.explain("worker 1 died: Read timed out", 5.0) == "worker 1 died: Read timed out"
+
+
 def test_of_a_timeout_the_rank_that_did_not_come_is_named() -> None:
     watch, pulses = watched(timeout_s=None)
     for pulse in (pulses[0], pulses[2]):
         pulse.moves("computing step 2")
+    beat(watch, pulses, 1.0)
     beat(watch, pulses, 4.0)
     assert watch.explain(TIMED_OUT, 4.0) == f"{TIMED_OUT}; did not come: worker 1 (computing step 1)"
-    assert watch.explain("worker 1 died: out of memory", 4.0) == "worker 1 died: out of memory"
 
 
 def test_of_a_timeout_the_rank_that_was_silent_is_named() -> None:
@@ -127,11 +175,12 @@ def test_of_a_timeout_of_ranks_at_one_place_nothing_is_made_up() -> None:
     assert watch.explain(TIMED_OUT, 4.0) == TIMED_OUT
 
 
-def test_who_was_ended_for_a_hang_died_of_it() -> None:
+def test_who_was_ended_for_a_hang_died_of_it_and_later_ones_did_not() -> None:
     watch, pulses = watched()
     beat(watch, pulses[1:], 11.0)
     hang = watch.look(11.0)
     assert hang is not None
-    assert watch.explain("worker 0 died: the actor is dead", 11.0) == hang.text
-    watch.begin()
-    assert watch.explain("worker 0 died: the actor is dead", 11.0) == "worker 0 died: the actor is dead"
+    assert watch.explain("worker 0 died: the actor is dead", 11.5) == hang.text
+    pulses[0].lives()
+    beat(watch, pulses, 12.0)
+    assert watch.explain("worker 0 died: out of memory", 12.0) == "worker 0 died: out of memory"

@@ -23,7 +23,7 @@ from tests.faults.nodes import Nodes, nodes
 
 ATTEMPTS = 3
 """Starts of the same command, should it end before the run does."""
-TRIES = 3
+TRIES = 5
 """Of a scenario whose moment was too short to be caught."""
 DEADLINE_S = 300.0
 TIMES = ("step_time_s", "tokens_per_s", "data_wait_s", "checkpoint_wait_s")
@@ -90,18 +90,32 @@ def _play(scenario: Scenario, rows: Path, run: Path, undisturbed: Path) -> Endin
                     driver.kill()
             if code == 0:
                 break
+            if struck.what not in ("driver", "head"):
+                return Ending(f"exit code {code}, see {run}.log", struck, starts=start)
             back.end()
-            back.begin(
-                survey(run, struck.what, struck.at)
-            )  # workers go on for a while without driver or head
+            # Workers go on for a while without driver or head.
+            back.begin(survey(run, struck.what, struck.at))
             if struck.what == "head":
                 cluster = stack.enter_context(nodes(3))
         else:
             return Ending(f"exit code {code}, see {run}.log", struck, starts=start)
     back_s = back.end()
-    problem = difference(run, undisturbed, bitwise=not scenario.elastic) or _unproven(run)
     restarts = json.loads((run / "result.json").read_text())["restarts"]
+    problem = (
+        _untouched(scenario, run, restarts, start)
+        or difference(run, undisturbed, bitwise=not scenario.elastic)
+        or _unproven(run)
+    )
     return Ending(problem, struck, back.again, back_s, ", ".join(map(_parts, restarts)), start)
+
+
+def _untouched(scenario: Scenario, run: Path, restarts: list[Any], starts: int) -> str:
+    """Why nothing can be told from a run: what was killed made no difference to it."""
+    if scenario.victim != "fetch" and not restarts and starts == 1:
+        return "the run did not notice"
+    if scenario.elastic and all(row["world_size"] == 2 for row in _steps(run)):
+        return "it never went on with one worker"
+    return ""
 
 
 def _parts(restart: dict[str, Any]) -> str:
@@ -114,14 +128,15 @@ class _Back:
 
     def __init__(self, metrics: Path) -> None:
         self.again: int | None = None
-        self._metrics, self._seconds = metrics, None
+        self._metrics = metrics
+        self._seconds: float | None = None
         self._thread: threading.Thread | None = None
         self._end = threading.Event()
 
     def begin(self, struck: Struck) -> None:
         self._end.clear()
         self._struck = struck
-        self._seconds: float | None = None
+        self._seconds = None
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
@@ -152,13 +167,17 @@ def _start(cluster: Nodes, run: Path, rows: Path, engine: tuple[str, ...], num_w
 def difference(run: Path, other: Path, bitwise: bool) -> str:
     """In what two finished runs differ: to the bit, or in losses by more than rounding; empty if in nothing."""
     ours, theirs = _rows(run), _rows(other)
-    if [row["step"] for row in ours if "loss" in row] != list(range(1, STEPS + 1)):
+    if [row["step"] for row in _steps(run)] != list(range(1, STEPS + 1)):
         return "metrics.jsonl has not each step once"
+    if len(ours) != len(theirs):
+        return f"metrics.jsonl has {len(ours)} lines, not {len(theirs)}"
+    if not _weights(run) or _weights(run).keys() != _weights(other).keys():
+        return f"final/ has other files: {sorted(_weights(run))}"
     if bitwise:
         if ours != theirs:
-            first = next(row for row, there in zip(ours, theirs, strict=False) if row != there)
+            first = next(row for row, there in zip(ours, theirs, strict=True) if row != there)
             return f"metrics.jsonl differs from step {first['step']} on"
-        return "" if _weights(run) == _weights(other) else "final/ differs"
+        return "" if _weights(run) == _weights(other) else "the weights differ"
     for row, there in zip(ours, theirs, strict=True):
         if row.get("batch") != there.get("batch"):
             return f"step {row['step']}: another batch"
@@ -166,6 +185,10 @@ def difference(run: Path, other: Path, bitwise: bool) -> str:
             if abs(row[key] - there[key]) > TOLERANCE * abs(there[key]):
                 return f"step {row['step']}: {key} {row[key]}, not {there[key]}"
     return ""
+
+
+def _steps(run: Path) -> list[dict[str, Any]]:
+    return [row for row in parse_lines((run / "metrics.jsonl").read_bytes()) if "loss" in row]
 
 
 def _rows(run: Path) -> list[dict[str, Any]]:

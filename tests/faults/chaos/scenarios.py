@@ -42,7 +42,8 @@ class Scenario:
         engine: one of ENGINES.
         victim: what is killed: worker, node, driver, head, or fetch, the process that reads a batch.
         rank: of the worker, or the number of the node, modulo what there is.
-        after: the step, or the number of the checkpoint or the fetch, that it happens at.
+        after: the step, or the number of the checkpoint, that it happens at; 1 or 2 for the first fetch of the first
+            workers, or of those that replace them.
         elastic: whether the run may go on with fewer workers, and has to, for no node is to spare.
     """
 
@@ -61,7 +62,10 @@ class Scenario:
 
     def __str__(self) -> str:
         when = {"mid-checkpoint": "in checkpoint", "mid-fetch": "in fetch"}.get(self.kind, "after step")
-        return f"{self.victim} {when} {self.after}{', no spare node' * self.elastic}"
+        which = {
+            "mid-fetch": "of its workers" if self.after == 1 else "of workers that replace dead ones"
+        }.get(self.kind, self.after)
+        return f"{self.victim} {when} {which}{', no spare node' * self.elastic}"
 
 
 def scenarios(number: int, seed: int) -> list[Scenario]:

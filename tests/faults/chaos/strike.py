@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
@@ -14,6 +15,7 @@ from raytune_ds.rundir import parse_lines
 from tests.faults.chaos.scenarios import Scenario
 from tests.faults.nodes import Nodes
 
+T = TypeVar("T")
 FETCH, WORKER = "fetch_rows", "RayTrainWorker"
 DEADLINE_S = 180.0
 FIRST_DEATH = 12
@@ -53,31 +55,37 @@ def strike(scenario: Scenario, cluster: Nodes, driver: psutil.Popen, run: Path) 
     """Kills what the scenario says, when it says.
 
     Raises:
-        Missed: the run ended before.
+        Missed: the run ended before, or the moment was over.
     """
-    wait = {"mid-checkpoint": _in_a_checkpoint, "mid-fetch": _in_a_fetch}.get(scenario.kind, _after_a_step)
     end = time.monotonic() + DEADLINE_S
 
-    def until(condition: Callable[[], bool]) -> None:
-        while not condition():
-            if driver.poll() is not None:
-                raise Missed(f"the driver ended with {driver.returncode} before")
-            if time.monotonic() > end:
-                raise Missed(f"{scenario}: not within {DEADLINE_S:.0f}s")
+    def until(condition: Callable[[], T]) -> T:
+        while not (found := condition()):
+            if (code := driver.poll()) == 0:
+                raise Missed("the run ended before")
+            assert code is None, f"the driver ended with {code} before anything was killed"
+            assert time.monotonic() < end, f"{scenario}: not within {DEADLINE_S:.0f}s"
             threading.Event().wait(0.001)
+        return found
 
-    after = scenario.after
-    while True:
-        wait(after, cluster, run, until)
-        at, what = time.monotonic(), _kill(scenario, cluster, driver)
-        if scenario.kind != "mid-checkpoint" or _unfinished(run):
-            break
-        if scenario.victim != "worker":
-            what += " (as it was finished)"
-            break
-        after += 1  # it was finished in the meantime, which is a death like any other; once more
+    if scenario.kind == "mid-checkpoint":
+        folder = run / "checkpoints" / f"step-{5 * scenario.after:08d}"
+        until(lambda: folder.exists() and not (folder / "manifest.json").exists())
+        struck = _kill(scenario, cluster, driver), time.monotonic()
+        if (folder / "manifest.json").exists():
+            raise Missed("the checkpoint was finished")
+    elif scenario.kind == "mid-fetch":
+        if scenario.after > 1:
+            _replace_a_worker(cluster, run, until)
+        fetch = until(lambda: cluster.named(FETCH))[0][1]
+        struck = _kill(scenario, cluster, driver, fetch), time.monotonic()
+        if scenario.victim != "fetch" and fetch.is_running() and FETCH not in " ".join(fetch.cmdline()):
+            raise Missed("the fetch was over")
+    else:
+        until(lambda: len(lines_of(run / "metrics.jsonl")) >= scenario.after)
+        struck = _kill(scenario, cluster, driver), time.monotonic()
     threading.Event().wait(SETTLE_S)
-    return survey(run, what, at)
+    return survey(run, *struck)
 
 
 def survey(run: Path, what: str, at: float) -> Struck:
@@ -87,47 +95,35 @@ def survey(run: Path, what: str, at: float) -> Struck:
     return Struck(what, at, step, frozenset(there))
 
 
-def _after_a_step(step: int, cluster: Nodes, run: Path, until: Callable[[Callable[[], bool]], None]) -> None:
-    until(lambda: len(lines_of(run / "metrics.jsonl")) >= step)
+def _replace_a_worker(cluster: Nodes, run: Path, until: Callable[[Callable[[], bool]], bool]) -> None:
+    """A death of which the run recovers, so that the next one befalls workers that begin in its midst."""
+    until(lambda: len(lines_of(run / "metrics.jsonl")) >= FIRST_DEATH)
+    victims = cluster.named(WORKER)
+    if not victims:
+        raise Missed("no worker was there")
+    old = {process.pid for _, process in victims}
+    victims[0][1].kill()
+    until(lambda: not old & {process.pid for _, process in cluster.named(WORKER)})
 
 
-def _in_a_checkpoint(
-    number: int, cluster: Nodes, run: Path, until: Callable[[Callable[[], bool]], None]
-) -> None:
-    """Its folder is there and its manifest is not."""
-    folder = run / "checkpoints" / f"step-{5 * number:08d}"
-    until(lambda: folder.exists() and not (folder / "manifest.json").exists())
-
-
-def _in_a_fetch(number: int, cluster: Nodes, run: Path, until: Callable[[Callable[[], bool]], None]) -> None:
-    """A task reads batches: at the start of the run, or, the second time, at that of workers who replace a dead one."""
-    if number > 1:
-        _after_a_step(FIRST_DEATH, cluster, run, until)
-        old = {process.pid for _, process in cluster.named(WORKER)}
-        cluster.named(WORKER)[0][1].kill()
-        until(lambda: not old & {process.pid for _, process in cluster.named(WORKER)})
-    until(lambda: bool(cluster.named(FETCH)))
-
-
-def _unfinished(run: Path) -> bool:
-    folders = (run / "checkpoints").glob("step-*")
-    return any(not (folder / "manifest.json").exists() for folder in folders)
-
-
-def _kill(scenario: Scenario, cluster: Nodes, driver: psutil.Popen) -> str:
+def _kill(
+    scenario: Scenario, cluster: Nodes, driver: psutil.Popen, fetch: psutil.Process | None = None
+) -> str:
+    """What was killed, in words."""
     if scenario.victim == "driver":
         driver.kill()
-        return "driver"
-    if scenario.victim == "head":
+    elif scenario.victim == "head":
         cluster.kill_head()
-        return "head"
-    if scenario.victim == "fetch" and (fetching := cluster.named(FETCH)):
-        fetching[0][1].kill()
-        return "fetch task"
-    workers = sorted(cluster.named(WORKER), key=lambda found: found[1].create_time())
-    node, process = workers[scenario.rank % len(workers)]
-    if scenario.victim == "node":
-        cluster.kill_node(node)
-        return "node"
-    process.kill()
-    return "worker"
+    elif scenario.victim == "fetch":
+        assert fetch is not None
+        fetch.kill()
+    else:
+        workers = sorted(cluster.named(WORKER), key=lambda found: found[1].create_time())
+        if not workers:
+            raise Missed("no worker was there")
+        node, process = workers[scenario.rank % len(workers)]
+        if scenario.victim == "node":
+            cluster.kill_node(node)
+        else:
+            process.kill()
+    return scenario.victim
