@@ -230,7 +230,7 @@ class _Following:
             rescue(
                 self._run,
                 hang["places"],
-                lambda: ray.get(self._mailbox.hung.remote(), timeout=ANSWER_S),
+                lambda: ray.get(self._mailbox.condemned.remote(), timeout=ANSWER_S),
                 warn,
             )
         except Exception as error:  # it is tried again should they still hang later

@@ -81,9 +81,8 @@ class Mailbox:
     def restart(self, ranks: list[int], error: str) -> None:
         """The workers are restarted, for some of them died, or, if none did, for another reason."""
         died = f"worker {', '.join(map(str, ranks))} died: {error}" if ranks else error
-        self.put(
-            "restart", {"text": self._watch.explain(died, time.monotonic()), "rank": min(ranks, default=0)}
-        )
+        why = self._watch.explain(died, ranks, time.monotonic())
+        self.put("restart", {"text": why, "rank": min(ranks, default=0)})
 
     def leave(self) -> None:
         """The workers are about to be shut down."""
@@ -99,10 +98,9 @@ class Mailbox:
         events, self._events = self._events, []
         return events
 
-    def hung(self) -> tuple[int, ...]:
-        """The ranks that hold up the others, as of now."""
-        hang = self._watch.hang(time.monotonic())
-        return hang.culprits if hang is not None else ()
+    def condemned(self) -> tuple[int, ...]:
+        """The ranks that hold up the others, as of now, and are about to be ended."""
+        return self._watch.condemn(time.monotonic())
 
     def controller(self) -> Any:
         """The actor that controls the run; None while there is none."""

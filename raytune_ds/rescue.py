@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from typing import Any
@@ -18,7 +19,7 @@ ANSWER_S = 60.0
 def rescue(
     run: RunDir,
     places: Mapping[int, Place],
-    still_hung: Callable[[], Collection[int]],
+    condemned: Callable[[], Collection[int]],
     say: Callable[[str], None],
 ) -> None:
     """Asks all workers of a run for their stacks, ends some of them, so that Ray Train starts the group anew, and keeps
@@ -27,13 +28,14 @@ def rescue(
     Args:
         run: its directory.
         places: of all ranks.
-        still_hung: the ranks to end, asked when all is ready for it; none where they have got on meanwhile.
+        condemned: the ranks to end, asked when all is ready for it; none where they have got on meanwhile.
         say: hears of the end of each, and where the stacks are.
     """
     by_node = _by_node(places)
     with Delegates(list(by_node)) as delegates:
+        delegates.run(os.getpid, deadline_s=ANSWER_S)  # they are there then, and what follows takes seconds
+        culprits = condemned()  # before their stacks are asked for, which wakes up those that were stopped
         answers = delegates.run_each(stacks.of_each, _arguments(by_node, places), ANSWER_S)
-        culprits = still_hung()
         if culprits:
             left = delegates.run_each(stacks.kill_each, _arguments(by_node, culprits), ANSWER_S)
             for node, alive in left.items():

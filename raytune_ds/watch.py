@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from raytune_ds.console import human_time
@@ -108,13 +108,14 @@ class Watch:
         """
         self._timeout_s, self._collective_timeout_s = timeout_s, collective_timeout_s
         self._seen: dict[int, _Seen] = {}
-        self._hang, self._told_at = "", 0.0
+        self._told_at: float | None = None
+        self._sentence = ""
         self._looked_at: float | None = None
 
     def begin(self, ranks: Iterable[int], now: float) -> None:
         """These are a new group."""
         self._seen = {rank: _Seen(Beat(rank, 0, 0, None), now, now) for rank in ranks}
-        self._hang = ""
+        self._told_at, self._sentence = None, ""
 
     def end(self) -> None:
         """The group is about to be shut down."""
@@ -129,7 +130,6 @@ class Watch:
             self._seen[beat.rank] = _Seen(beat, now, before.moved_at)
         else:
             self._seen[beat.rank] = _Seen(beat, now, now)
-            self._hang = ""
 
     def leaves(self, rank: int) -> None:
         """A worker has done all that it was to do."""
@@ -139,10 +139,23 @@ class Watch:
         """Workers that do not get on; again after as long a time, should nobody have helped."""
         self._forgive(now)
         hang = self.hang(now)
-        if hang is None or (self._hang and self._timeout_s and now - self._told_at <= self._timeout_s):
+        told = (
+            self._told_at is not None
+            and self._timeout_s is not None
+            and now - self._told_at <= self._timeout_s
+        )
+        if hang is None or told:
             return None
-        self._hang, self._told_at = hang.text, now
+        self._told_at = now
         return hang
+
+    def condemn(self, now: float) -> tuple[int, ...]:
+        """The ranks that hold up the others and are to be ended; what comes of it is explained by that."""
+        hang = self.hang(now)
+        if hang is None:
+            return ()
+        self._sentence = hang.text
+        return hang.culprits
 
     def hang(self, now: float) -> Hang | None:
         """Workers that do not get on."""
@@ -161,12 +174,18 @@ class Watch:
             return _hang_of(f"the others wait for {_each(behind, lambda seen: seen.since(now))}", behind)
         return _hang_of(f"none gets on: {_each(everybody, lambda seen: seen.since(now))}", everybody)
 
-    def explain(self, error: str, now: float) -> str:
-        """Why workers died: the hang that was seen, or the error, and after a time-out which rank did not come."""
-        if self._hang:
-            return self._hang
+    def explain(self, error: str, failed: Collection[int], now: float) -> str:
+        """Why workers died: the hang that they were ended for, or the error, and after a time-out which did not come.
+
+        Args:
+            error: that Ray tells of.
+            failed: the ranks that it is of.
+            now: the time.
+        """
+        if self._sentence:
+            return self._sentence
         limit, everybody = now - self._collective_timeout_s / 2, self._seen.values()
-        silent = [seen for seen in everybody if seen.heard_at < limit]
+        silent = [seen for seen in everybody if seen.heard_at < limit and seen.beat.rank not in failed]
         stood_still = everybody and all(seen.moved_at < limit for seen in everybody)
         absent = silent or (self._behind() if stood_still else [])
         return f"{error}; did not come: {_each(absent, lambda seen: seen.doing)}" if absent else error

@@ -35,6 +35,9 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def run(self, function: Any, deadline_s: float) -> None:
+        """Waits until they are there."""
+
     def run_each(self, function: Any, arguments: dict[Node, Any], deadline_s: float) -> dict[Node, Any]:
         answers: dict[Node, Any] = {}
         for node, (places,) in arguments.items():

@@ -151,7 +151,7 @@ def test_a_death_while_others_get_on_is_no_timeout() -> None:
     watch, pulses = watched(timeout_s=None)
     pulses[0].moves("computing step 2")
     beat(watch, pulses, 4.0)
-    assert watch.explain("worker 1 died: Read timed out", 5.0) == "worker 1 died: Read timed out"
+    assert watch.explain("worker 1 died: Read timed out", [1], 5.0) == "worker 1 died: Read timed out"
 
 
 def test_of_a_timeout_the_rank_that_did_not_come_is_named() -> None:
@@ -160,27 +160,36 @@ def test_of_a_timeout_the_rank_that_did_not_come_is_named() -> None:
         pulse.moves("computing step 2")
     beat(watch, pulses, 1.0)
     beat(watch, pulses, 4.0)
-    assert watch.explain(TIMED_OUT, 4.0) == f"{TIMED_OUT}; did not come: worker 1 (computing step 1)"
+    assert watch.explain(TIMED_OUT, [0], 4.0) == f"{TIMED_OUT}; did not come: worker 1 (computing step 1)"
 
 
 def test_of_a_timeout_the_rank_that_was_silent_is_named() -> None:
     watch, pulses = watched(timeout_s=None)
     beat(watch, pulses[:2], 4.0)
-    assert watch.explain(TIMED_OUT, 5.0) == f"{TIMED_OUT}; did not come: worker 2 (computing step 1)"
+    assert watch.explain(TIMED_OUT, [0], 5.0) == f"{TIMED_OUT}; did not come: worker 2 (computing step 1)"
 
 
 def test_of_a_timeout_of_ranks_at_one_place_nothing_is_made_up() -> None:
     watch, pulses = watched(timeout_s=None)
     beat(watch, pulses, 4.0)
-    assert watch.explain(TIMED_OUT, 4.0) == TIMED_OUT
+    assert watch.explain(TIMED_OUT, [0], 4.0) == TIMED_OUT
+
+
+def test_who_failed_by_itself_is_not_missed() -> None:
+    """It says nothing any more, for it has given up waiting."""
+    watch, pulses = watched(timeout_s=None)
+    beat(watch, pulses[2:], 8.0)
+    assert watch.explain(TIMED_OUT, [0], 8.0) == f"{TIMED_OUT}; did not come: worker 1 (computing step 1)"
 
 
 def test_who_was_ended_for_a_hang_died_of_it_and_later_ones_did_not() -> None:
     watch, pulses = watched()
     beat(watch, pulses[1:], 11.0)
-    hang = watch.look(11.0)
+    hang = watch.hang(11.0)
     assert hang is not None
-    assert watch.explain("worker 0 died: the actor is dead", 11.5) == hang.text
-    pulses[0].lives()
-    beat(watch, pulses, 12.0)
-    assert watch.explain("worker 0 died: out of memory", 12.0) == "worker 0 died: out of memory"
+    assert watch.condemn(11.0) == hang.culprits == (0,)
+    beat(watch, pulses, 12.0)  # as asking for its stack wakes up one that was stopped
+    assert watch.explain("worker 1 died: connection reset", [1], 12.0) == hang.text
+    watch.begin(range(3), 20.0)
+    assert watch.condemn(21.0) == ()
+    assert watch.explain("worker 1 died: out of memory", [1], 21.0) == "worker 1 died: out of memory"
