@@ -59,7 +59,7 @@ class Downtime:
         self._is_down = False
         self._last_step = 0
         self._stepped_at: float | None = None
-        self._at = 0.0
+        self._at: float | None = None
 
     def note(self, kind: str, content: dict[str, Any], now: float) -> Restart | None:
         """One event, and when it came, in seconds of any clock; the restart that ends with it, if one does."""
@@ -87,10 +87,11 @@ class Downtime:
 
     def _begin(self, why: str, now: float) -> None:
         since = self._at if self._is_down or self._stepped_at is None else self._stepped_at
-        self.restarts.append(Restart(why, self._last_step, noticing_s=round(now - since, 2)))
+        noticing_s = round(now - (now if since is None else since), 2)
+        self.restarts.append(Restart(why, self._last_step, noticing_s=noticing_s))
         self._is_down, self._at = True, now
 
     def _next(self, part: str, now: float, **found: Any) -> None:
-        if self._is_down:
+        if self._is_down and self._at is not None:
             self.restarts[-1] = replace(self.restarts[-1], **found | {part: round(now - self._at, 2)})
         self._at = now

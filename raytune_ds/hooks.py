@@ -22,7 +22,7 @@ Report = Callable[[str, dict[str, Any]], None]
 """Tells what happens: a kind (start, step, eval, checkpoint, checkpoint_wait, note, warning), its content."""
 
 Judge = Callable[[int], bool]
-"""Whether to train on after the evaluation at some step; asked on rank 0 once its checkpoint is written."""
+"""Whether to train on after the evaluation at some step; each rank asks once its share of the checkpoint is written."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def hooks_of(
             return True
         saver.wait()  # whoever judges may kill this process at once
         orders.pulse.rests()  # a verdict may take hours: other trials may have to come as far first
-        return bool(world.broadcast(orders.judge(step) if world.is_main else None))
+        # Each rank waits by itself: whoever waited in a collective would give up after half an hour.
+        return bool(world.broadcast(orders.judge(step)))
 
     looked = time.monotonic()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from datetime import datetime
@@ -220,12 +219,9 @@ def _finished_before(assignment: Assignment) -> Result | None:
     Raises:
         UserError: its newest checkpoint was made with other settings.
     """
-    root = assignment.run.checkpoints
-    if steps := checkpoint.steps(root):
-        with contextlib.suppress(checkpoint.CheckpointError):
-            # Workers look closer; this answers at once in the usual case.
-            manifest = checkpoint.read_manifest(checkpoint.directory(root, steps[-1]))
-            require_same_run(assignment, manifest, _config_before(assignment.run))
+    # Workers look closer; this answers at once in the usual case, and before anything of the run is changed.
+    if (manifest := checkpoint.newest_complete(assignment.run.checkpoints)) is not None:
+        require_same_run(assignment, manifest, _config_before(assignment.run))
     values = storage.read_json(assignment.run.result)
     if values is None or values["status"] != "finished" or not storage.exists(assignment.run.final):
         return None

@@ -83,6 +83,7 @@ class Mailbox:
         died = f"worker {', '.join(map(str, ranks))} died: {error}" if ranks else error
         why = self._watch.explain(died, ranks, time.monotonic())
         self.put("restart", {"text": why, "rank": min(ranks, default=0)})
+        self._watch.end()
 
     def leave(self) -> None:
         """The workers are about to be shut down."""
@@ -158,7 +159,8 @@ class Reporter(ControllerCallback, WorkerGroupCallback):
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Whenever the controller decides something."""
-        if isinstance(current_state, RestartingState):
+        # It comes again and again with the same state while there is no room for new workers.
+        if isinstance(current_state, RestartingState) and current_state is not previous_state:
             self._mailbox.restart.remote(*_why(current_state.training_failed_error))
 
 

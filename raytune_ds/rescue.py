@@ -34,8 +34,12 @@ def rescue(
     by_node = _by_node(places)
     with Delegates(list(by_node)) as delegates:
         delegates.run(os.getpid, deadline_s=ANSWER_S)  # they are there then, and what follows takes seconds
-        culprits = condemned()  # before their stacks are asked for, which wakes up those that were stopped
+        culprits = set(
+            condemned()
+        )  # before their stacks are asked for, which wakes up those that were stopped
         answers = delegates.run_each(stacks.of_each, _arguments(by_node, places), ANSWER_S)
+        if culprits and not culprits & places.keys():
+            culprits = set(places)  # one that never said where it is goes with the others
         if culprits:
             left = delegates.run_each(stacks.kill_each, _arguments(by_node, culprits), ANSWER_S)
             for node, alive in left.items():

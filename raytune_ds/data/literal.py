@@ -7,6 +7,7 @@ by the same tokenizer without its added tokens.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable
@@ -25,7 +26,13 @@ _BEGIN, _WITHIN, _END = "\ufdd0", "\ufdd1", "\ufdd2"
 _MARKED = re.compile(f"{_BEGIN}(.){_WITHIN}([^{_END}]*){_END}", re.DOTALL)
 # Not control but content, where the assistant says it.
 _THINKING = re.compile(r"</?think>")
-_PROBE = ({"role": "user", "content": "u"}, {"role": "assistant", "content": "a"})
+_ASKED = [{"role": "user", "content": "u"}]
+_PROBES = (
+    _ASKED,
+    [{"role": "system", "content": "s"}, *_ASKED, {"role": "assistant", "content": "a"}],
+    [*_ASKED, {"role": "assistant", "content": "a"}, {"role": "tool", "content": "t"}],
+)
+_FORGED = str.maketrans(dict.fromkeys((_BEGIN, _WITHIN, _END), "\ufffd"))
 
 
 class Literals:
@@ -38,8 +45,8 @@ class Literals:
     def guarded(self, example: Example) -> Example:
         """The example with marks in all that must not become a control token.
 
-        In what the assistant reads that is everything that the tokenizer has added to its vocabulary. In what it says
-        it is what ends its turn or begins another's: tags of reasoning and tool calls are its own.
+        In what the assistant reads those are the special tokens and what else the chat template makes of added ones. In
+        what it says it is what ends its turn or begins another's: tags of reasoning and tool calls are its own.
         """
         return replace(
             example,
@@ -66,6 +73,10 @@ class Literals:
         )
 
     def _plain_ids(self, text: str) -> list[int]:
+        if not self._tokenizer.is_fast:
+            return list(
+                self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            )
         ids = self._plain.encode(text, add_special_tokens=False).ids
         if set(ids).isdisjoint(self._tokenizer.added_tokens_decoder):
             return list(ids)
@@ -76,40 +87,58 @@ class Literals:
     def _plain(self) -> Tokenizer:
         """The tokenizer without its added tokens."""
         made = json.loads(self._tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
-        return Tokenizer.from_str(json.dumps({**made, "added_tokens": [], "post_processor": None}))
+        nothing = {"post_processor": None, "padding": None, "truncation": None}
+        return Tokenizer.from_str(json.dumps({**made, **nothing, "added_tokens": []}))
 
     @cached_property
     def _in_prompts(self) -> re.Pattern[str]:
-        tokens = {str(token) for token in self._tokenizer.added_tokens_decoder.values()}
-        return _any_of(tokens | set(self._tokenizer.all_special_tokens))
+        """Not all that was added: it may be white space or a word of the domain, which are text."""
+        template = "".join([str(self._tokenizer.chat_template), *self._probes])
+        added = self._tokenizer.added_tokens_decoder.values()
+        control = {
+            text
+            for token in added
+            if (text := str(token)) in template or token.special or _THINKING.fullmatch(text)
+        }
+        return _any_of(control | set(self._tokenizer.all_special_tokens))
 
     @cached_property
     def _in_answers(self) -> re.Pattern[str]:
-        around = {token for text in self._probes() for token in self._in_prompts.findall(text)}
-        return _any_of(
-            {token for token in around if not _THINKING.fullmatch(token)}
-            | set(self._tokenizer.all_special_tokens)
-        )
+        around = {token for text in self._probes for token in self._in_prompts.findall(text)}
+        control = around | set(self._tokenizer.all_special_tokens)
+        return _any_of(token for token in control if not _THINKING.fullmatch(token))
 
+    @cached_property
     def _probes(self) -> list[str]:
-        """What the template puts around contents."""
-        render = self._tokenizer.apply_chat_template
-        try:
-            asked = render(list(_PROBE[:1]), add_generation_prompt=True, tokenize=False)
-            return [str(asked), str(render(list(_PROBE), tokenize=False))]
-        except (TemplateError, TypeError, ValueError):
-            return []  # whoever renders rows by it will hear why
+        """What the template puts around contents, as far as it takes them."""
+        shown = []
+        for messages in _PROBES:
+            # Whoever renders rows by a template that refuses will hear why.
+            with contextlib.suppress(TemplateError, TypeError, ValueError):
+                shown.append(
+                    str(
+                        self._tokenizer.apply_chat_template(
+                            messages, add_generation_prompt=True, tokenize=False
+                        )
+                    )
+                )
+        return shown
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Matches the longest of them; nothing if there are none."""
-    return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True) if t) or r"(?!)")
+    """Matches the longest of them, but no white space; nothing if there are none."""
+    visible = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, visible)) or r"(?!)")
 
 
 def _map(value: Any, pattern: re.Pattern[str]) -> Any:
     """`value` with marks around what `pattern` matches in any string within it."""
     if isinstance(value, str):
-        return pattern.sub(lambda found: f"{_BEGIN}{found[0][0]}{_WITHIN}{found[0][1:]}{_END}", value)
+        return pattern.sub(_marked, value.translate(_FORGED))
     if isinstance(value, dict):
         return {_map(key, pattern): _map(member, pattern) for key, member in value.items()}
     return [_map(item, pattern) for item in value] if isinstance(value, list) else value
+
+
+def _marked(found: re.Match[str]) -> str:
+    return f"{_BEGIN}{found[0][0]}{_WITHIN}{found[0][1:]}{_END}"

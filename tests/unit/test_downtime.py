@@ -76,3 +76,9 @@ def test_steps_that_were_left_out_are_not_lost() -> None:
 def test_a_death_before_the_first_step_costs_no_step() -> None:
     downtime, _ = told(START[0], DIED, *START)
     assert (downtime.restarts[0].last_step, downtime.restarts[0].lost_steps) == (0, 0)
+
+
+def test_a_death_before_anything_happened_is_noticed_at_once() -> None:
+    """Whatever the clock counts from."""
+    downtime, _ = told(("restart", {"text": "out of memory"}, 86400.0))
+    assert downtime.restarts[0].noticing_s == 0

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+from ray.train.v2._internal.execution.controller.state import RestartingState, RunningState
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from raytune_ds import fitting, mailbox
@@ -188,3 +189,21 @@ def test_ray_has_more_patience_than_our_watch(monkeypatch: pytest.MonkeyPatch) -
         assert name not in os.environ
     monkeypatch.setenv(name, "5")
     assert fitting._ray_settings(ScalingConfig(), scale) == {}
+
+
+def test_a_restart_is_told_once_however_long_it_takes() -> None:
+    """Ray Train says so again and again while there is no room for new workers; nobody hangs meanwhile."""
+    told: list[Any] = []
+    reporter = mailbox.Reporter(
+        SimpleNamespace(restart=SimpleNamespace(remote=lambda *why: told.append(why)))
+    )
+    running, restarting = RunningState(), RestartingState(WorkerGroupError("...", {1: ValueError("bad")}))
+    reporter.after_controller_state_update(running, restarting)
+    for _ in range(3):
+        reporter.after_controller_state_update(restarting, restarting)
+    assert told == [([1], "bad")]
+    post = Post("run", ScalingConfig(hang_timeout_s=0.001))
+    post.group({0: ("node", 7)})
+    post.restart([0], "bad")
+    threading.Event().wait(0.01)
+    assert [kind for kind, _, _ in post.take()] == ["restart"]

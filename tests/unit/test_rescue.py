@@ -109,3 +109,8 @@ def test_workers_that_outlive_it_are_told(cluster: Cluster, tmp_path: Path) -> N
     cluster.left = [0]
     _, said = rescued(tmp_path, [0])
     assert said[0] == "workers that hang can't be ended on node host-a: ranks [0] are still there"
+
+
+def test_one_that_never_said_where_it_is_goes_with_the_others(cluster: Cluster, tmp_path: Path) -> None:
+    rescued(tmp_path, [9])
+    assert cluster.killed == [0, 1, 2]
