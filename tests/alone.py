@@ -17,9 +17,17 @@ from raytune_ds.model.weights import fingerprint
 from raytune_ds.rundir import RunDir
 from raytune_ds.worker import Outcome, run_worker
 from raytune_ds.world import World
+from tests.stores import store_of
 
 STEPS = 14
 Events = list[tuple[str, dict[str, Any]]]
+
+
+def prepared(root: Path) -> Store:
+    """A store of 20 packs where runs below `root` look for it."""
+    folder = root / ".prepared" / "0123"
+    folder.mkdir(parents=True)
+    return store_of(folder, 20)
 
 
 def assignment(store: Store, model: Path, root: str, name: str, **train: Any) -> Assignment:

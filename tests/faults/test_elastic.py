@@ -70,10 +70,10 @@ def test_a_node_that_gives_notice_costs_no_checkpoint_interval(
         "scaling.num_workers=2",
         "checkpoint.every_steps=100000",
         "scaling.max_failures=0",
-        "train.max_steps=2000",
+        "train.max_steps=700",
     )
     result = told("preempt", tmp_path / "spot", *settings, *rare)
     [restart] = result["restarts"]
     assert restart["from_step"] >= 25
-    fixed = run(*settings, "run.name=fixed", "scaling.num_workers=2", "train.max_steps=2000")
+    fixed = run(*settings, "run.name=fixed", "scaling.num_workers=2", "train.max_steps=700")
     assert step_losses(str(tmp_path / "spot")) == step_losses(fixed.run)

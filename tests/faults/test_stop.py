@@ -15,15 +15,12 @@ import pytest
 
 from raytune_ds.errors import Stopped
 from tests.conftest import TOKEN
+from tests.faults.conftest import ROWS
 from tests.head import Head, environment_with
 from tests.helpers import Run, step_losses, write_jsonl
 
 SECRET = "known-to-the-client-alone"
 DEADLINE_S = 120
-ROWS = [
-    {"instruction": f"say {i} " + "please " * (i % 9), "output": f"{i} is what I say " + "now " * (i % 5)}
-    for i in range(60)
-]
 SETTINGS = (
     "data.sources=rows.jsonl",
     "data.seq_len=64",

@@ -21,16 +21,13 @@ from raytune_ds.data.store import Store
 from raytune_ds.world import World
 from tests import alone
 from tests.alone import STEPS, Events
-from tests.stores import store_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    folder = tmp_path_factory.mktemp("root") / ".prepared" / "0123"
-    folder.mkdir(parents=True)
-    return store_of(folder, 20)
+    return alone.prepared(tmp_path_factory.mktemp("root"))
 
 
 def whole_checkpoints(given: Assignment) -> list[int]:
