@@ -81,6 +81,10 @@ class Downtime:
 
     def _note_step(self, content: dict[str, Any], now: float) -> Restart | None:
         was_down = self._is_down
+        if was_down and self.restarts[-1].starting_s is None:  # of the old workers, on their last legs
+            self._last_step = content["step"]
+            self.restarts[-1] = replace(self.restarts[-1], last_step=self._last_step)
+            return None
         self._next("first_step_s", now)
         self._is_down, self._last_step, self._stepped_at = False, content["step"], now
         return self.restarts[-1] if was_down else None

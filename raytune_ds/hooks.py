@@ -32,7 +32,7 @@ class Orders:
     Attributes:
         judge: if evaluations are judged.
         stop_asked: whether the run is to stop, at the next step and with a checkpoint; asked on rank 0.
-        is_leaving: whether a node is about to go that was not before; all ranks call it together.
+        is_leaving: whether a node is about to go that was not before, or now very soon; all ranks call it together.
         pulse: what they see of this worker meanwhile.
     """
 
@@ -114,7 +114,7 @@ def hooks_of(
         return looks, orders.stop_asked()
 
     def is_leaving() -> bool:
-        leaves = orders.is_leaving()
+        leaves = bool(world.broadcast(orders.is_leaving()))  # clocks differ
         if leaves:
             report("note", {"text": "a node is about to go: taking a checkpoint"})
         return leaves

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,8 @@ from raytune_ds.worker import Outcome, run_worker
 from raytune_ds.world import World
 
 BEAT_S = 5.0
+NEAR_S = 20.0
+"""Before the end of a node's notice: long enough for a few looks and a checkpoint."""
 
 
 def worker_main(assignment: Assignment, mailbox: Any, is_judged: bool) -> Outcome:
@@ -59,9 +62,11 @@ def worker_main(assignment: Assignment, mailbox: Any, is_judged: bool) -> Outcom
 
     def is_leaving() -> bool:
         info = ray.train.get_preemption_info()
-        nodes = set(info.preempted_node_ids) - known if info is not None else set()
+        if info is None:
+            return False
+        nodes = set(info.preempted_node_ids) - known
         known.update(nodes)
-        return bool(nodes)
+        return bool(nodes) or _is_near(info.deadline_ms)
 
     pulse = Pulse(world.rank)
     orders = Orders(judge if is_judged else None, stop_asked, is_leaving, pulse)
@@ -75,6 +80,11 @@ def worker_main(assignment: Assignment, mailbox: Any, is_judged: bool) -> Outcom
     # Only one that ends well leaves: whoever fails is still what the others waited for.
     mailbox.leaves.remote(world.rank)
     return outcome
+
+
+def _is_near(deadline_ms: int | None) -> bool:
+    """Whether the time is almost up, so that what was trained since the notice is worth a checkpoint too."""
+    return bool(deadline_ms and deadline_ms / 1000 - time.time() < NEAR_S)
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster(
 def test_a_node_that_gives_notice_costs_no_checkpoint_interval(
     run: Run, settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The only checkpoint before the end is that of the notice, and no failure is allowed but preemptions."""
+    """The only checkpoints before the end are those of the notice, and no failure is allowed but preemptions."""
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     rare = (
         "scaling.num_workers=2",
@@ -74,6 +74,8 @@ def test_a_node_that_gives_notice_costs_no_checkpoint_interval(
     )
     result = told("preempt", tmp_path / "spot", *settings, *rare)
     [restart] = result["restarts"]
+    assert "preemption" in restart["why"]
     assert restart["from_step"] >= 25
+    assert restart["lost_steps"] < 150  # of the last seconds, and not of the half minute since the notice
     fixed = run(*settings, "run.name=fixed", "scaling.num_workers=2", "train.max_steps=700")
     assert step_losses(str(tmp_path / "spot")) == step_losses(fixed.run)

@@ -58,7 +58,14 @@ def test_what_is_not_over_is_told_as_far_as_it_came() -> None:
 
 
 def test_workers_that_die_before_they_train_are_two_restarts() -> None:
-    downtime, done = told(*START, DIED, BACK[0], ("restart", {"text": "again"}, 55.0), *BACK[1:])
+    downtime, done = told(
+        *START,
+        DIED,
+        BACK[0],
+        ("restart", {"text": "again"}, 55.0),
+        ("arrived", {"world_size": 2}, 56.0),
+        *BACK[1:],
+    )
     assert [restart.why for restart in downtime.restarts] == ["worker 1 died", "again"]
     assert [restart.why for restart in done] == ["again"]
     assert [restart.noticing_s for restart in downtime.restarts] == [
@@ -82,3 +89,10 @@ def test_a_death_before_anything_happened_is_noticed_at_once() -> None:
     """Whatever the clock counts from."""
     downtime, _ = told(("restart", {"text": "out of memory"}, 86400.0))
     assert downtime.restarts[0].noticing_s == 0
+
+
+def test_a_last_step_of_the_old_workers_does_not_end_a_restart() -> None:
+    """Where a node gave notice they go on until they are ended."""
+    downtime, done = told(*START, DIED, ("step", {"step": 3}, 31.0), *BACK)
+    assert downtime.restarts == done
+    assert [(r.why, r.last_step, r.lost_steps, r.starting_s) for r in done] == [("worker 1 died", 3, 2, 20.0)]
