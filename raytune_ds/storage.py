@@ -28,7 +28,6 @@ _MAY_PASS = {
     errno.ESTALE,
     errno.ETIMEDOUT,
     errno.ECONNRESET,
-    errno.EREMOTEIO,
 }
 _UPLOADS = 4
 
