@@ -11,8 +11,13 @@ from raytune_ds import hooks
 from raytune_ds.hooks import Orders, hooks_of
 from raytune_ds.watch import Pulse
 from raytune_ds.world import World
+from tests.ranks import on_ranks
 
 ASSIGNMENT: Any = SimpleNamespace(config=None, plan=None, run=None)
+
+
+def nobody(*_: Any) -> None:
+    """Hears what is reported."""
 
 
 def made(orders: Orders, saver: Any = None, told: list[Any] | None = None) -> hooks.Hooks:
@@ -65,3 +70,25 @@ def test_nodes_are_looked_at_now_and_then_and_told(monkeypatch: pytest.MonkeyPat
     assert wishes == [(False, False), (True, False), (False, False), (False, True), (True, True)]
     assert wishing.is_leaving()
     assert told == [("note", {"text": "a node is about to go: taking a checkpoint"})]
+
+
+def test_every_rank_waits_for_the_verdict_by_itself() -> None:
+    """Not in a collective, which gives up long before some verdicts come."""
+    asked: list[int] = []
+
+    def goes_on(world: World) -> bool:
+        orders = Orders(judge=lambda step: bool(asked.append(world.rank)) or world.rank == 0)
+        return hooks_of(
+            ASSIGNMENT, world, None, SimpleNamespace(wait=lambda: None), None, nobody, orders
+        ).goes_on(3)
+
+    assert on_ranks(3, goes_on) == [True] * 3  # that of rank 0 counts
+    assert sorted(asked) == [0, 1, 2]
+
+
+def test_ranks_whose_clocks_differ_take_a_last_checkpoint_together() -> None:
+    def leaves(world: World) -> bool:
+        orders = Orders(is_leaving=lambda: world.rank == 0)
+        return hooks_of(ASSIGNMENT, world, None, None, None, nobody, orders).is_leaving()
+
+    assert on_ranks(2, leaves) == [True, True]
