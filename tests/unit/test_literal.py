@@ -91,7 +91,8 @@ def test_what_looks_like_nothing_is_tokenized_as_ever(tokenizers: Tokenizers) ->
 def test_words_and_white_space_that_were_added_are_text_as_ever(tokenizers: Tokenizers) -> None:
     """Some tokenizers have added runs of spaces, and users add words of their domain."""
     tokenizer = copy.deepcopy(tokenizers["chatml"])
-    tokenizer.add_tokens(["    ", "\n\n", "myocarditis"])
+    tokenizer.add_tokens(["myocarditis"])
+    tokenizer.add_tokens(["    ", "\n\n"], special_tokens=True)
     messages = said("    what is\n\nmyocarditis?", "myocarditis\n\n    is")
     text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
     assert ids_of(tokenizer, messages) == [tokenizer(text, add_special_tokens=False)["input_ids"]]
