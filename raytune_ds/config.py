@@ -161,7 +161,7 @@ class ObjectiveConfig(Section):
 
 
 class SourceConfig(Section):
-    """One source of training or evaluation data."""
+    """One source of training or evaluation data, and its part in the mixture."""
 
     path: Text = Field(
         description="A file, a directory, a glob pattern, a URI or the hub name of a data set."
@@ -170,6 +170,37 @@ class SourceConfig(Section):
         default="auto",
         description="Form of the rows. auto: told from the columns of the first rows, which is enough "
         "unless they are ambiguous.",
+    )
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][\w.-]*$",
+        max_length=64,
+        description="What tables and metrics call it (loss/NAME, eval_loss/NAME). null: made from its path.",
+    )
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="Share of an epoch's rows, relative to the other sources; exact over an epoch, to the row. An "
+        "epoch is as long as it can be without a row coming more often than `epochs` of its source. null: as many "
+        "rows as it has.",
+    )
+    epochs: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="How often its rows come in one epoch of the run; 0.5: half of them, drawn once by run.seed. With "
+        "weights, the most that they may come.",
+    )
+    max_rows: Count | None = Field(
+        default=None,
+        description="Rows read of it, from its beginning, bad ones counted; the rest is not looked at. null: all.",
+    )
+    subset: Text | None = Field(
+        default=None,
+        description="Configuration of a data set of the hub that has several, such as 'main'. null: its only one.",
+    )
+    split: Text = Field(
+        default="train", description="Split of a data set of the hub; for files it says nothing."
     )
 
     @field_validator("path")
@@ -219,6 +250,17 @@ class EvalConfig(Section):
         return given
 
     @model_validator(mode="after")
+    def _measures_rows_as_they_are(self) -> Self:
+        for number, source in enumerate(self.sources or ()):
+            for key in ("weight", "epochs"):
+                if key in source.model_fields_set and getattr(source, key) not in (None, 1.0):
+                    raise about(
+                        f"sources.{number}.{key}",
+                        "mixes training data; held-out rows are measured once each (max_rows limits them)",
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _one_of_the_two(self) -> Self:
         if self.sources is not None and self.fraction > 0:
             raise about(
@@ -233,7 +275,7 @@ class DataConfig(Section):
 
     sources: tuple[SourceConfig, ...] | None = Field(
         default=None,
-        description="Training data: a path, or a list of paths and of {path, format}. null: the demo "
+        description="Training data: a path, or a list of paths and of {path, weight, epochs ...}. null: the demo "
         "data that come with the package, so that a first run needs nothing.",
     )
     eval: EvalConfig = Field(default=EvalConfig(), description="What the held-out loss is measured on.")
@@ -252,6 +294,11 @@ class DataConfig(Section):
         default="fail",
         description="What to do with a row that cannot be read. fail: stop and name file and row, "
         "because silent loss of data is worse; skip: count it and go on.",
+    )
+    on_finding: Literal["fail", "warn"] = Field(
+        default="fail",
+        description="What to do where what was prepared can't teach what it is meant to: most rows without an end "
+        "token, with the question trained on ... fail: stop before training, naming rows; warn: say so and train.",
     )
     on_long_row: Literal["truncate", "drop"] = Field(
         default="truncate",
@@ -274,6 +321,18 @@ class DataConfig(Section):
     @classmethod
     def _normalise_sources(cls, value: Any) -> Any:
         return _as_sources(value)
+
+    @model_validator(mode="after")
+    def _all_weights_or_none(self) -> Self:
+        sources = self.sources or ()
+        without = [source.path for source in sources if source.weight is None]
+        if without and len(without) < len(sources):
+            raise about(
+                "sources",
+                f"some have a weight and {', '.join(without)} has none; give each one or none of them"
+                " (a weight is relative to the others)",
+            )
+        return self
 
     @field_validator("chat_template")
     @classmethod

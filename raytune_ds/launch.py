@@ -16,6 +16,7 @@ from raytune_ds.compose import dump, load, replaced
 from raytune_ds.config import Config
 from raytune_ds.console import human_count, human_time, say, warn
 from raytune_ds.data import prepared
+from raytune_ds.data.gate import require_sound
 from raytune_ds.data.prepare import prepare
 from raytune_ds.display import Display
 from raytune_ds.downtime import Restart
@@ -80,6 +81,7 @@ def _launch(checked: Checked, where: str, started: float) -> Result:
     if scale.nodes_to_come:
         say(f"the cluster has to grow by {scale.nodes_to_come} node(s) for them, which takes minutes")
     assignment = assign(checked)
+    require_sound(assignment.store, checked.config.data.on_finding)
     with lease.held(assignment.run.driver, f"run.name = {assignment.run.name}"):
         return train(assignment, scale, started, Display())
 

@@ -31,6 +31,8 @@ BEAT_S = 5.0
 SILENCE_S = 6 * BEAT_S
 # Two that begin at the same moment both write; who wrote last has it.
 SETTLE_S = 0.1
+# Between two looks at whether another driver is done.
+POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -77,18 +79,22 @@ def _processes() -> str:
 
 
 @contextlib.contextmanager
-def held(path: str, what: str) -> Iterator[None]:
+def held(path: str, what: str, patient: bool = False) -> Iterator[None]:
     """Keeps other drivers away from what belongs to the file at `path`.
 
     Args:
         path: of the file.
         what: how messages call what is held.
+        patient: whether to wait for another driver that has it.
 
     Raises:
         UserError: another driver has it, and lives.
     """
     me = Holder.here()
-    _take(path, what, me)
+    while (other := _take(path, me)) is not None:
+        if not patient:
+            raise UserError(f"{what}: another driver is at it: {other}. Wait for it to end, or stop it.")
+        _wait_for(path, what, other)
     end = threading.Event()
     thread = threading.Thread(target=_beat, args=(path, what, me, end), daemon=True)
     thread.start()
@@ -102,19 +108,22 @@ def held(path: str, what: str) -> Iterator[None]:
                 storage.delete_file(path)
 
 
-def _take(path: str, what: str, me: Holder) -> None:
+def _take(path: str, me: Holder) -> Holder | None:
+    """Who has it instead."""
     other = _holder(path)
     if other is not None and _lives(path, other):
-        raise _taken(what, other)
+        return other
     storage.write_json(path, asdict(me))
     time.sleep(SETTLE_S)
     other = _holder(path)
-    if other is not None and other.id != me.id:
-        raise _taken(what, other)
+    return other if other is not None and other.id != me.id else None
 
 
-def _taken(what: str, other: Holder) -> UserError:
-    return UserError(f"{what}: another driver is at it: {other}. Wait for it to end, or stop it.")
+def _wait_for(path: str, what: str, other: Holder) -> None:
+    """Until another driver is done, or dead."""
+    say(f"{what}: another driver is at it ({other}); waiting for it")
+    while (now := _holder(path)) is not None and now.id == other.id and _lives(path, now):
+        time.sleep(POLL_S)
 
 
 def _lives(path: str, other: Holder) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from raytune_ds.bysource import UNTOLD, Sources
 from raytune_ds.config import Config
 from raytune_ds.data import batchid
 from raytune_ds.data.batch import Batch
@@ -125,6 +126,7 @@ def train(
     eval_batches: Callable[[], Iterable[list[Batch]]] | None,
     hooks: Hooks,
     progress: Progress,
+    sources: Sources = UNTOLD,
 ) -> Progress:
     """Trains from `progress.step` to the end, or to the step after which `hooks` want no more.
 
@@ -133,11 +135,12 @@ def train(
         plan: of the run.
         world: the ranks.
         engine: holds the model and applies gradients.
-        objective: a batch to its loss sum.
+        objective: a batch to the losses of its documents.
         batches: this rank's micro-batches of each step after a given one, as many on every rank.
         eval_batches: the same for one pass over the held-out data; None if there are none.
         hooks: where rows and checkpoints go.
         progress: where the run stands.
+        sources: whose losses are logged apart.
 
     Returns:
         The progress at the end, of which there is a checkpoint.
@@ -159,7 +162,7 @@ def train(
         lr = config.train.learning_rate * multiplier(progress.step)
         seed_step(config.run.seed, progress.step, world.rank)
         wishes = hooks.wishes()
-        row = optimizer_step(engine, loss_of, micro_batches, world, lr, wishes, guard.highest_loss)
+        row = optimizer_step(engine, loss_of, micro_batches, world, lr, wishes, guard.highest_loss, sources)
         wishes = row.pop("wishes")
         progress.step += 1
         seconds = time.perf_counter() - started
@@ -176,9 +179,9 @@ def train(
     def evaluate() -> None:
         if eval_batches is not None:
             hooks.moves(f"measuring the held-out loss after step {progress.step}")
-            loss = mean_loss(engine.module, loss_of, eval_batches(), world)
-            _note_eval(progress, loss)
-            hooks.log({"step": progress.step, "eval_loss": loss})
+            measured = mean_losses(engine.module, loss_of, eval_batches(), world, sources)
+            _note_eval(progress, measured["eval_loss"])
+            hooks.log({"step": progress.step, **measured})
 
     def save() -> None:
         hooks.moves(f"taking the checkpoint of step {progress.step}")
@@ -240,28 +243,34 @@ def optimizer_step(
     lr: float,
     wishes: tuple[bool, bool] = (False, False),
     highest_loss: float = math.inf,
+    sources: Sources = UNTOLD,
 ) -> Row:
     """One update from the micro-batches of all ranks; none if the loss is above `highest_loss` or not finite.
 
     The global weight is known before the first backward pass, so the gradient is that of the mean over all supervised
     tokens of the global batch, however the batch is cut: there is no mean of means.
     """
-    weight = sum(float(batch.weight) for batch in micro_batches)
+    weights = sources.nothing(torch.device("cpu"))
+    for batch in micro_batches:
+        weights += sources.sums(batch, batch.weights_S)
     tokens = sum(batch.num_tokens for batch in micro_batches if batch.weight != 0)
     rows = batchid.halves(sum(batch.rows for batch in micro_batches))
-    global_weight, global_tokens, *global_rows = world.sum(weight, tokens, *rows)
-    loss_sum = torch.zeros((), device=world.device, dtype=torch.float64)
+    global_tokens, *told = world.sum(tokens, *rows, *weights)
+    global_rows, global_weights = told[:2], told[2:]
+    losses = sources.nothing(world.device)
     for batch in micro_batches:
-        loss = objective(engine.module, batch.to(world.device))
-        engine.backward(loss / global_weight)
-        loss_sum += loss.detach()
+        on_device = batch.to(world.device)
+        losses_S = objective(engine.module, on_device)
+        engine.backward(losses_S.sum() / global_weights[0])
+        losses += sources.sums(on_device, losses_S.detach())
     # What a rank wishes travels with the loss: all of them hear of it at the same step, at no cost.
-    global_loss, looks, stops = world.sum(loss_sum, *wishes)
-    global_mean = global_loss / global_weight
+    looks, stops, *global_losses = world.sum(*wishes, *losses)
+    means = sources.means("loss", global_losses, global_weights)
+    global_mean = means["loss"]
     result = engine.step(lr, wanted=math.isfinite(global_mean) and global_mean <= highest_loss)
     return {
-        "loss": global_mean,
-        "weight": global_weight,
+        **means,
+        "weight": global_weights[0],
         "tokens": int(global_tokens),
         "lr": lr,
         "grad_norm": result.grad_norm,
@@ -272,17 +281,24 @@ def optimizer_step(
 
 
 @torch.no_grad()
-def mean_loss(module: nn.Module, objective: Objective, batches: Iterable[list[Batch]], world: World) -> float:
-    """The mean loss per supervised token over held-out data, in nats."""
+def mean_losses(
+    module: nn.Module,
+    objective: Objective,
+    batches: Iterable[list[Batch]],
+    world: World,
+    sources: Sources = UNTOLD,
+) -> dict[str, float]:
+    """The mean loss per supervised token over held-out data, in nats: `eval_loss`, and `eval_loss/SOURCE` of each."""
     module.eval()
-    loss_sum = weight = 0.0
+    weights, losses = sources.nothing(torch.device("cpu")), sources.nothing(world.device)
     for micro_batches in batches:
         for batch in micro_batches:
-            weight += float(batch.weight)
-            loss_sum += float(objective(module, batch.to(world.device)))
+            weights += sources.sums(batch, batch.weights_S)
+            on_device = batch.to(world.device)
+            losses += sources.sums(on_device, objective(module, on_device))
     module.train()
-    total_loss, total_weight = world.sum(loss_sum, weight)
-    return total_loss / total_weight
+    summed = world.sum(*losses, *weights)
+    return sources.means("eval_loss", summed[: len(losses)], summed[len(losses) :])
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from raytune_ds import checkpoint, engines, storage
 from raytune_ds.assignment import Assignment, require_same_run
+from raytune_ds.bysource import Sources
 from raytune_ds.checkpoint import Manifest, Reader
 from raytune_ds.config import Config
 from raytune_ds.data.batch import Batch, read
@@ -141,6 +142,7 @@ def _run(
                 eval_batches=_eval_batches(assignment, world),
                 hooks=hooks_of(assignment, world, engine, saver, tracking, report, orders),
                 progress=progress,
+                sources=Sources.of(assignment.store),
             )
             orders.pulse.rests()
         except UserError:  # on all ranks alike: what is being written is worth waiting for

@@ -67,8 +67,6 @@ def write_store(
             "num_truncated": 0,
             "num_dropped_long": 0,
             "length_histogram": {},
-            "seconds": 0.0,
-            "peak_memory_mib": 0.0,
         }
         | changes
     )

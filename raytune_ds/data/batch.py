@@ -1,6 +1,7 @@
 """One micro-batch as every objective sees it.
 
-Axes: B = 1 (packs lie end to end in one row, so nothing is padding), T = tokens of the row, S = segments.
+Axes: B = 1 (packs lie end to end in one row, so nothing is padding), T = tokens of the row, S = segments (documents),
+N = targets whose weight is not zero.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Batch:
         positions_BT: int64, the position within the document.
         segments: int32 of S + 1, cumulative document lengths; documents never see each other.
         max_segment: the longest document in tokens.
+        docs_S: int64, the row of the store's files that each document is of; see store.doc_id.
         rows: which rows of the store it is made of; see batchid.
     """
 
@@ -39,7 +41,23 @@ class Batch:
     positions_BT: torch.Tensor
     segments: torch.Tensor
     max_segment: int
+    docs_S: torch.Tensor
     rows: int = 0
+
+    @property
+    def segment_of_target_N(self) -> torch.Tensor:
+        """For each target whose weight is not zero, in order, the document it is in: int64 [N]."""
+        (positions_N,) = self.weights_BT[0].nonzero(as_tuple=True)
+        return torch.bucketize(positions_N, self.segments[1:].long(), right=True)
+
+    def by_segment(self, values_N: torch.Tensor) -> torch.Tensor:
+        """Sums over the targets of each document: values [N] to [S]."""
+        return values_N.new_zeros(len(self.docs_S)).index_add(0, self.segment_of_target_N, values_N)
+
+    @property
+    def weights_S(self) -> torch.Tensor:
+        """The sum of the loss weights of each document: float64 [S]."""
+        return self.by_segment(self.weights_BT[self.weights_BT != 0].double())
 
     @property
     def weight(self) -> torch.Tensor:
@@ -66,7 +84,7 @@ def collate(packs: Sequence[Pack], rows: int = 0) -> Batch:
     """Packs end to end as one batch.
 
     Args:
-        packs: each with ids, targets (int), weights (float) of one length, and lengths of its documents. No pack
+        packs: each with ids, targets (int), weights (float) of one length, lengths and docs of its documents. No pack
             at all gives the empty step's batch: one token of weight zero, so that every rank of a sharded model
             can take part in its collectives.
         rows: see Batch.
@@ -88,6 +106,7 @@ def collate(packs: Sequence[Pack], rows: int = 0) -> Batch:
         positions_BT=torch.from_numpy(positions)[None],
         segments=torch.from_numpy(segments),
         max_segment=int(lengths.max()),
+        docs_S=torch.from_numpy(np.concatenate([pack["docs"] for pack in packs]).astype(np.int64)),
         rows=rows,
     )
 
@@ -97,6 +116,7 @@ EMPTY_PACK: Pack = {
     "targets": np.zeros(1, np.int64),
     "weights": np.zeros(1, np.float32),
     "lengths": np.ones(1, np.int64),
+    "docs": np.zeros(1, np.int64),
 }
 
 

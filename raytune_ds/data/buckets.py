@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from raytune_ds import storage
+from raytune_ds.data.chunks import bucket_documents
+from raytune_ds.data.job import Job
+from raytune_ds.data.mixture import times_drawn
 from raytune_ds.data.packing import first_fit_decreasing
-from raytune_ds.data.scatter import DOCUMENT_SCHEMA, Job, bucket_dir, memory_mib
+from raytune_ds.data.scatter import memory_mib
 from raytune_ds.data.store import (
+    FILE_SHIFT,
     PACK_SCHEMA,
     ROW_GROUP,
+    SPLITS,
+    Part,
     Split,
     pack_documents,
     read_table,
@@ -21,25 +27,81 @@ from raytune_ds.data.store import (
     write_tables,
 )
 
+Quotas = Mapping[int, int]
+"""By source, the rows that a bucket gives of it; sources that are not there give all of theirs, once."""
 
-def pack_bucket(batch: dict[str, np.ndarray], job: Job, threshold: int) -> dict[str, list[dict[str, Any]]]:
-    """One bucket, sorted and split, to whole row groups of packs, and a rest."""
+
+def count_bucket(batch: dict[str, np.ndarray], job: Job, thresholds: tuple[int, ...]) -> dict[str, list[Any]]:
+    """The rows of each source in a bucket that are trained on, by its index."""
     bucket = int(batch["bucket"][0])
+    documents = bucket_documents(job, bucket, ("eval_key", "piece", "doc"))
+    sources = _sources_of(documents, job)
+    held_out = documents.column("eval_key").to_numpy() <= np.array(thresholds, np.uint64)[sources]
+    rows = sources[~held_out & (_pieces(documents) == 0)]
+    return {"bucket": [bucket], "rows": [np.bincount(rows, minlength=len(job.sources))]}
+
+
+def pack_bucket(
+    batch: dict[str, np.ndarray], job: Job, thresholds: tuple[int, ...], quotas: Mapping[int, Quotas]
+) -> dict[str, list[Any]]:
+    """One bucket, sorted, split and mixed, to whole row groups of packs, and a rest.
+
+    Args:
+        batch: with the number of the bucket.
+        job: whose chunks are all done.
+        thresholds: by source, the highest eval key that is held out.
+        quotas: by bucket; see Quotas.
+    """
+    bucket = int(batch["bucket"][0])
+    note = f"{job.scratch}/packed/{bucket:06d}.json"
+    result: dict[str, Any] | None = storage.read_json(note)
+    if result is None:
+        result = _pack_bucket(bucket, job, thresholds, quotas.get(bucket, {}))
+        storage.write_json(note, result)
+    return {"packed": [result]}
+
+
+def _pack_bucket(bucket: int, job: Job, thresholds: tuple[int, ...], quotas: Quotas) -> dict[str, Any]:
     result: dict[str, Any] = {"bucket": bucket}
-    directory = bucket_dir(job, bucket)
-    parts = [read_table(f"{directory}/{name}") for name in storage.list_names(directory) if name[0] != "."]
-    documents = pa.concat_tables(parts) if parts else DOCUMENT_SCHEMA.empty_table()
-    documents = documents.sort_by([(name, "ascending") for name in ("key", "doc", "piece")])
-    held_out = documents.column("eval_key").to_numpy() <= np.uint64(threshold)
-    for split, chosen in (("train", ~held_out), ("eval", held_out)):
-        packs = _pack(documents.filter(pa.array(chosen)), job)
+    documents = bucket_documents(job, bucket)
+    sources = _sources_of(documents, job)
+    held_out = documents.column("eval_key").to_numpy() <= np.array(thresholds, np.uint64)[sources]
+    result["num_docs"] = documents.num_rows
+    trained = documents.filter(pa.array(~held_out))
+    chosen = {"train": _mixed(trained, job, quotas), "eval": documents.filter(pa.array(held_out))}
+    for split in SPLITS:
+        packs = _pack(chosen[split], job)
         whole = packs.num_rows // ROW_GROUP * ROW_GROUP
         if whole:
             write_table(packs.slice(0, whole), f"{job.target}/{split}-{bucket:06d}.parquet")
         write_table(packs.slice(whole), f"{job.scratch}/rest-{split}-{bucket:06d}.parquet")
-        result[split] = {"whole": whole, "rest": packs.num_rows - whole, **_counts(packs)}
+        parts = _parts(packs, job)
+        result[split] = {"whole": whole, "rest": packs.num_rows - whole, "parts": parts}
     result["peak_memory_mib"] = memory_mib()
-    return {"packed": [result]}
+    return result
+
+
+def _mixed(documents: pa.Table, job: Job, quotas: Quotas) -> pa.Table:
+    """The documents as often as the mixture has them, round by round; a row's sequences stay together."""
+    if not quotas:
+        return documents
+    sources, docs = _sources_of(documents, job), documents.column("doc").to_numpy()
+    draws = documents.column("eval_key").to_numpy()
+    times = np.ones(len(docs), np.int64)
+    for source, quota in quotas.items():
+        mine = np.flatnonzero(sources == source)
+        rows, first, of_row = np.unique(docs[mine], return_index=True, return_inverse=True)
+        times[mine] = times_drawn(draws[mine][first], quota)[of_row]
+    rounds = [np.flatnonzero(times > number) for number in range(int(times.max(initial=0)))]
+    return documents.take(pa.array(np.concatenate(rounds)) if rounds else pa.array([], pa.int64()))
+
+
+def _sources_of(documents: pa.Table, job: Job) -> np.ndarray:
+    return np.array(job.source_of_file)[documents.column("doc").to_numpy() >> FILE_SHIFT]
+
+
+def _pieces(documents: pa.Table) -> np.ndarray:
+    return np.asarray(documents.column("piece").to_numpy())
 
 
 def _pack(documents: pa.Table, job: Job) -> pa.Table:
@@ -52,13 +114,15 @@ def _pack(documents: pa.Table, job: Job) -> pa.Table:
     return pack_documents([packs[i] for i in shuffled], documents)
 
 
-def _counts(packs: pa.Table) -> dict[str, int]:
+def _parts(packs: pa.Table, job: Job) -> list[list[int]]:
+    """What each source has in packs: documents, tokens, supervised targets."""
+    docs = packs.column("docs").combine_chunks().values.to_numpy()
+    lengths = packs.column("lengths").combine_chunks().values.to_numpy()
     weights = packs.column("weights").combine_chunks().values.to_numpy()
-    return {
-        "num_docs": len(packs.column("docs").combine_chunks().values),
-        "num_tokens": len(weights),
-        "num_supervised": int(np.count_nonzero(weights)),
-    }
+    sources = np.array(job.source_of_file)[docs >> FILE_SHIFT]
+    ends = np.concatenate([[0], np.cumsum(weights != 0)])[np.cumsum(np.append(0, lengths))]
+    columns = (np.bincount(sources, counts, len(job.sources)) for counts in (None, lengths, np.diff(ends)))
+    return np.stack(list(columns), axis=1).astype(int).tolist()
 
 
 def finish_split(job: Job, split: str, results: Sequence[dict[str, Any]]) -> Split:
@@ -70,5 +134,13 @@ def finish_split(job: Job, split: str, results: Sequence[dict[str, Any]]) -> Spl
         rests = (read_table(f"{job.scratch}/rest-{split}-{r['bucket']:06d}.parquet") for r in results)
         write_tables(rests, f"{job.target}/{name}", PACK_SCHEMA)
         shards.append((name, num_rest))
-    total = {name: sum(r[split][name] for r in results) for name in _counts(PACK_SCHEMA.empty_table())}
-    return Split(shards=tuple(shards), num_packs=sum(packs for _, packs in shards), **total)
+    total = np.array([r[split]["parts"] for r in results], np.int64).sum(axis=0)
+    docs, tokens, supervised = total.sum(axis=0).tolist()
+    return Split(
+        shards=tuple(shards),
+        num_packs=sum(packs for _, packs in shards),
+        num_docs=docs,
+        num_tokens=tokens,
+        num_supervised=supervised,
+        sources={s.name: Part(*total[s.index].tolist()) for s in job.sources if total[s.index].any()},
+    )

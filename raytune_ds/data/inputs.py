@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +15,7 @@ import xxhash
 from raytune_ds import hub, storage
 from raytune_ds.config import DataConfig, SourceConfig
 from raytune_ds.data.formats import FORMATS, Example, RowError, detect, to_example
+from raytune_ds.data.mixture import Source, named
 from raytune_ds.data.readers import Row, read_rows
 from raytune_ds.data.sources import SourceFile, expand
 from raytune_ds.errors import UserError
@@ -35,8 +36,18 @@ class Input:
 
     file: SourceFile
     format: str
-    held_out: bool
-    source: str
+    source: Source
+    max_rows: int | None = None
+    """Read from its beginning; None: all."""
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it is measured on and never trained on."""
+        return self.source.held_out
+
+    def rows(self) -> Iterator[Row]:
+        """The rows that are read."""
+        return islice(read_rows(self.file), self.max_rows)
 
     @property
     def text_bytes(self) -> int:
@@ -52,6 +63,7 @@ class Inputs:
     """All files of a run, in a fixed order."""
 
     items: tuple[Input, ...]
+    sources: tuple[Source, ...] = ()
 
     @staticmethod
     def find(config: DataConfig) -> Inputs:
@@ -60,13 +72,15 @@ class Inputs:
         Raises:
             UserError: a source is missing or empty, or its format can't be told.
         """
-        items: list[Input] = []
-        for held_out, sources in ((False, config.sources), (True, config.eval.sources)):
-            for source in sources or ():
-                files = expand(source.path)
-                row_format = _format_of(source, files[0])
-                items += [Input(file, row_format, held_out, source.path) for file in files]
-        return Inputs(tuple(items))
+        given = [(source, False) for source in config.sources or ()]
+        given += [(source, True) for source in config.eval.sources or ()]
+        sources, items = named(given), []
+        for source, (settings, _) in zip(sources, given, strict=True):
+            files = expand(settings.path, settings.subset, settings.split)
+            row_format = _format_of(settings, files[0])
+            limits = _limits(files, settings.max_rows)
+            items += [Input(file, row_format, source, limit) for file, limit in limits]
+        return Inputs(tuple(items), sources)
 
     def require_formats_of(self, objective: str) -> None:
         """Whether the objective takes these rows; `objective` is a key of TRAINS_ON.
@@ -78,21 +92,22 @@ class Inputs:
         if not refused:
             return
         named = dict.fromkeys(
-            f"data.{'eval.' * item.held_out}sources: {item.source} has {item.format} rows" for item in refused
+            f"data.{'eval.' * item.held_out}sources: {item.source.path} has {item.format} rows"
+            for item in refused
         )
         raise UserError(
             f"objective.kind = {objective} trains on {' and '.join(TRAINS_ON[objective])} rows only.\n"
             + "\n".join(named)
             + "\nTo train on the answers, set objective.kind=sft. For raw text name .txt files, or rows with a 'text' "
-            f"column; where these have other columns too, write {{path: {refused[0].source}, format: text}}."
+            f"column; where these have other columns too, write {{path: {refused[0].source.path}, format: text}}."
         )
 
     def summary(self) -> list[str]:
         """A line a source."""
-        sources = Counter((item.source, item.format, item.held_out) for item in self.items)
+        sources = Counter((item.source, item.format) for item in self.items)
         return [
-            f"{source}: {row_format} rows{f' in {files} files' * (files > 1)}{', all held out' * held_out}"
-            for (source, row_format, held_out), files in sources.items()
+            f"{source.path}: {row_format} rows{f' in {files} files' * (files > 1)}{', all held out' * source.held_out}"
+            for (source, row_format), files in sources.items()
         ]
 
     @property
@@ -115,7 +130,7 @@ class Inputs:
         """Texts from the beginning of each file, some millions of characters in all; bad rows are left out."""
         for item in self.items:
             left = SAMPLE_CHARS // len(self.items)
-            for row in read_rows(item.file):
+            for row in item.rows():
                 for text in _texts(row, item.format):
                     yield text[: max(0, left)]
                     left -= len(text)
@@ -136,6 +151,20 @@ def _format_of(source: SourceConfig, file: SourceFile) -> str:
         return detect(rows)
     except RowError as error:
         raise UserError(f"{file.path}: {error}") from error
+
+
+def _limits(files: Sequence[SourceFile], most: int | None) -> Iterator[tuple[SourceFile, int | None]]:
+    """The files that the first `most` rows of all lie in, each with how many of its rows are among them."""
+    for number, file in enumerate(files):
+        is_last = number == len(files) - 1
+        if most is None or is_last:
+            yield file, most
+            continue
+        count = sum(1 for _ in islice(read_rows(file), most))
+        yield file, count
+        most -= count
+        if most == 0:
+            return
 
 
 def _content_hash(file: SourceFile) -> str:

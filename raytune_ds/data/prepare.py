@@ -1,8 +1,9 @@
 """Sources to the packed store: a Ray Data job that streams, before any process group exists.
 
-    files -> rows -> sequences, scattered over buckets (scatter.py) -> each bucket sorted, packed, written (buckets.py)
+    files -> chunks of rows -> sequences, by bucket (scatter.py) -> each bucket looked through for doubles
+    (duplicates.py), then sorted, mixed, packed and written (buckets.py)
 
-A task holds a block of rows or one bucket, both of bounded size, so memory does not grow with the data.
+A task holds a chunk of rows or one bucket, both of bounded size, so memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -10,21 +11,25 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray.data
 
-from raytune_ds import storage
+from raytune_ds import lease, storage
 from raytune_ds.config import Config
 from raytune_ds.console import ProgressLine, human_count, human_time, say
 from raytune_ds.data import tokenizer as tokenizers
-from raytune_ds.data.buckets import finish_split, pack_bucket
+from raytune_ds.data.buckets import Quotas, count_bucket, finish_split, pack_bucket
+from raytune_ds.data.chunks import finished
+from raytune_ds.data.duplicates import Doubles, find_doubles
+from raytune_ds.data.gate import conclude
 from raytune_ds.data.inputs import Inputs
+from raytune_ds.data.job import Job, Tally
+from raytune_ds.data.mixture import quotas, shared_out
 from raytune_ds.data.prepared import fingerprint_of
-from raytune_ds.data.scatter import Job, Tally, encode_block, read_blocks
+from raytune_ds.data.scatter import encode_chunks, read_chunks
 from raytune_ds.data.store import Manifest, Split, Store
 from raytune_ds.data.stream import quiet
 from raytune_ds.data.tokenizer import TokenizerSpec
@@ -32,10 +37,13 @@ from raytune_ds.errors import UserError
 
 SHOWN_BAD_ROWS = 5
 _MIB = 1 << 20
+_CHUNKS = 1024
 
 
 def prepare(config: Config, inputs: Inputs, tokenizer: TokenizerSpec, path: str) -> Store:
-    """Finds the store of `config` below `path`, or makes it.
+    """Finds the store of `config` below `path`, or makes it; of several jobs that ask for it at once, one makes it.
+
+    A preparation that was killed goes on where it stood: see chunks.
 
     Args:
         config: its data section and seed decide the content; the objective says which rows it takes, but rows that
@@ -52,43 +60,65 @@ def prepare(config: Config, inputs: Inputs, tokenizer: TokenizerSpec, path: str)
     if inputs.has_conversations:
         _require_chat_template(tokenizer)
     fingerprint = fingerprint_of(config, inputs, tokenizer)
-    target = f"{path}/{fingerprint}"
-    if (found := Store.find(target)) is not None:
-        say(f"data: prepared before, {_summary(found.manifest)}")
+    target, scratch = f"{path}/{fingerprint}", f"{path}/.making-{fingerprint}"
+    if (found := _found(target)) is not None:
         return found
-    job = Job(
+    with lease.held(f"{scratch}.json", "preparing the data", patient=True):
+        return _found(target) or _make(_job(config, inputs, tokenizer, target, scratch), config, fingerprint)
+
+
+def _found(target: str) -> Store | None:
+    found = Store.find(target)
+    if found is not None:
+        say(f"data: prepared before, {_summary(found.manifest)}")
+    return found
+
+
+def _job(config: Config, inputs: Inputs, tokenizer: TokenizerSpec, target: str, scratch: str) -> Job:
+    memory = config.data.prepare_memory_mib * _MIB
+    return Job(
         inputs=inputs.items,
-        text_bytes=inputs.text_bytes,
+        sources=inputs.sources,
         tokenizer=tokenizer,
         seq_len=config.data.seq_len,
         on_long_row=config.data.on_long_row,
         last_turn_only=config.data.supervise == "last-turn",
         seed=config.run.seed,
-        eval_fraction=config.data.eval.fraction,
-        num_buckets=max(1, inputs.text_bytes // (config.data.prepare_memory_mib * _MIB)),
-        scratch=f"{path}/.scratch-{fingerprint}-{uuid.uuid4().hex[:8]}",
+        num_buckets=max(1, inputs.text_bytes // memory),
+        # Small enough that all CPUs have work; of much data large enough that there are not too many files.
+        chunk_chars=max(_MIB, min(memory // 2, inputs.text_bytes // _CHUNKS)),
+        scratch=scratch,
         target=target,
     )
-    try:
-        manifest = _run(job, config, fingerprint)
-    finally:
-        storage.delete_dir(job.scratch)
-    say(f"data: {_summary(manifest)}, in {human_time(manifest.seconds)}")
-    return Store(target, manifest)
 
 
-def _run(job: Job, config: Config, fingerprint: str) -> Manifest:
+def _make(job: Job, config: Config, fingerprint: str) -> Store:
     started = time.monotonic()
-    with _blocks_of(max(1, config.data.prepare_memory_mib // 2)):
-        tally, rejected = _scatter(job, fail=config.data.on_bad_row == "fail")
-        threshold = _eval_threshold(job, tally)
-        train, evaluation = _pack_buckets(job, threshold, tally)
-    if (packed := train.num_docs + evaluation.num_docs) != tally.num_docs:
-        raise RuntimeError(
-            f"{packed} of {tally.num_docs} documents arrived in {job.scratch}: does every node see the same storage?"
-        )
+    if done := len(finished(job)):
+        say(f"data: going on with a preparation that was stopped, {done:,} of its chunks are done")
+    try:
+        with _blocks_of(job.chunk_chars):
+            manifest, peak_memory_mib = _run(job, config, fingerprint)
+    except UserError:  # whoever mends what it says asks for another store
+        storage.delete_dir(job.scratch)
+        raise
+    seconds = time.monotonic() - started
+    making = {"seconds": round(seconds, 3), "peak_memory_mib": round(peak_memory_mib, 1)}
+    storage.write_json(f"{job.target}/making.json", making)
+    storage.write_bytes(f"{job.target}/manifest.json", manifest.to_json().encode())
+    storage.delete_dir(job.scratch)
+    say(f"data: {_summary(manifest)}, in {human_time(seconds)}")
+    return Store(job.target, manifest)
+
+
+def _run(job: Job, config: Config, fingerprint: str) -> tuple[Manifest, float]:
+    tally = _scatter(job, fail=config.data.on_bad_row == "fail")
+    thresholds = _eval_thresholds(job, config.data.eval.fraction, tally)
+    doubles = _find_doubles(job, thresholds)
+    train, evaluation = _pack_buckets(job, thresholds, _quotas(job, thresholds), tally)
     if train.num_packs == 0:
-        raise UserError(_nothing_left(job, tally, rejected))
+        raise UserError(_nothing_left(job, tally))
+    rejected = sorted(tally.rejected, key=lambda row: (row["file"], row["row"]))
     if rejected:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
         storage.write_bytes(f"{job.target}/rejected.jsonl", lines.encode())
@@ -107,12 +137,12 @@ def _run(job: Job, config: Config, fingerprint: str) -> Manifest:
         num_truncated=tally.num_truncated,
         num_dropped_long=tally.num_dropped_long,
         num_split=tally.num_split,
-        length_histogram=dict(tally.lengths),
-        seconds=round(time.monotonic() - started, 3),
-        peak_memory_mib=round(tally.peak_memory_mib, 1),
+        length_histogram={upper: tally.lengths[upper] for upper in sorted(tally.lengths, key=int)},
+        sources=tuple(source.name for source in job.sources),
+        file_sources=job.source_of_file,
+        findings=conclude(tally, doubles),
     )
-    storage.write_bytes(f"{job.target}/manifest.json", manifest.to_json().encode())
-    return manifest
+    return manifest, tally.peak_memory_mib
 
 
 def _require_chat_template(spec: TokenizerSpec) -> None:
@@ -124,35 +154,35 @@ def _require_chat_template(spec: TokenizerSpec) -> None:
 
 
 @contextlib.contextmanager
-def _blocks_of(mib: int) -> Iterator[None]:
-    """Lets Ray Data make blocks of at most so many MiB in this job."""
+def _blocks_of(num_bytes: int) -> Iterator[None]:
+    """Lets Ray Data make blocks of about so many bytes in this job."""
     quiet()
     context = ray.data.DataContext.get_current()
     before = context.target_max_block_size
-    context.target_max_block_size = mib * _MIB
+    context.target_max_block_size = num_bytes
     try:
         yield
     finally:
         context.target_max_block_size = before
 
 
-def _scatter(job: Job, fail: bool) -> tuple[Tally, list[dict[str, Any]]]:
+def _scatter(job: Job, fail: bool) -> Tally:
     """Encodes all rows and scatters the sequences over the buckets."""
-    rows = ray.data.from_items([{"input": i} for i in range(len(job.inputs))])
+    files = ray.data.from_items([{"input": i} for i in range(len(job.inputs))])
     # Less than a CPU, so that reading and encoding stay two stages, and several tasks encode one large file.
-    rows = rows.map_batches(
-        read_blocks, fn_kwargs={"job": job}, batch_size=1, num_cpus=0.25, zero_copy_batch=True
+    rows = files.map_batches(
+        read_chunks, fn_kwargs={"job": job}, batch_size=1, num_cpus=0.25, zero_copy_batch=True
     )
     tallies = rows.map_batches(
-        encode_block, fn_kwargs={"job": job}, batch_size=None, batch_format="pyarrow", num_cpus=1
+        encode_chunks, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=1
     )
-    total, rejected = Tally(), []
+    total = Tally()
     started = time.monotonic()
-    with ProgressLine("preparing", job.text_bytes) as progress:
+    text_bytes = sum(item.text_bytes for item in job.inputs)
+    with ProgressLine("preparing", text_bytes) as progress:
         for row in tallies.iter_rows():
-            tally: Tally = row["tally"]
+            tally = Tally.from_json(row["tally"])
             total.add(tally)
-            rejected += tally.rejected
             fatal = [row for row in tally.rejected if row["fatal"]]
             if fatal or (fail and tally.rejected):
                 raise UserError(_bad_rows(fatal or tally.rejected, total.num_rows))
@@ -160,29 +190,75 @@ def _scatter(job: Job, fail: bool) -> tuple[Tally, list[dict[str, Any]]]:
             progress.update(
                 total.num_bytes, f"{human_count(total.num_rows)} rows, {human_count(rate)} rows/s"
             )
-    return total, rejected
+    return total
 
 
-def _eval_threshold(job: Job, tally: Tally) -> int:
-    """Rows whose eval key is not above this are held out: the configured share, but at least one row of several."""
-    if job.eval_fraction == 0:
-        return 0
-    threshold = int(job.eval_fraction * (1 << 64))
-    return max(threshold, tally.lowest_eval_key) if tally.num_rows > 1 else 0
+def _eval_thresholds(job: Job, fraction: float, tally: Tally) -> tuple[int, ...]:
+    """By source: its rows whose eval key is not above this are held out, the configured share but at least one.
+
+    Of a run's only row none is.
+    """
+    if fraction == 0 or tally.num_rows < 2:
+        return (0,) * len(job.sources)
+    share = int(fraction * (1 << 64))
+    lowest = tally.lowest_eval_key
+    return tuple(max(share, lowest[s.index]) if s.index in lowest else share for s in job.sources)
 
 
-def _pack_buckets(job: Job, threshold: int, tally: Tally) -> tuple[Split, Split]:
-    """Packs all buckets; what does not fill a row group of its bucket is gathered in one last shard a split."""
+def _over_buckets(job: Job, label: str, work: Callable[..., Any], **told: Any) -> Iterator[dict[str, Any]]:
+    """What `work` tells of each bucket, as the buckets are done; an only one is not worth a task."""
+    if job.num_buckets == 1:
+        yield {name: values[0] for name, values in work({"bucket": [0]}, job=job, **told).items()}
+        return
     buckets = ray.data.from_items([{"bucket": i} for i in range(job.num_buckets)])
-    packed = buckets.map_batches(
-        pack_bucket, fn_kwargs={"job": job, "threshold": threshold}, batch_size=1, num_cpus=1
+    done = buckets.map_batches(work, fn_kwargs={"job": job, **told}, batch_size=1, num_cpus=1)
+    with ProgressLine(label, job.num_buckets) as progress:
+        for number, row in enumerate(done.iter_rows(), 1):
+            yield row
+            progress.update(number, f"bucket {number:,} of {job.num_buckets:,}")
+
+
+def _find_doubles(job: Job, thresholds: tuple[int, ...]) -> Doubles:
+    doubles = Doubles()
+    for bucket in _over_buckets(job, "looking for duplicates", find_doubles, thresholds=thresholds):
+        doubles.add(bucket)
+    doubles.settle()
+    return doubles
+
+
+def _quotas(job: Job, thresholds: tuple[int, ...]) -> dict[int, Quotas]:
+    """By bucket, the rows that it gives of each source; none where all give all of theirs."""
+    trained = [source for source in job.sources if not source.held_out]
+    if not any(source.is_mixed for source in trained):
+        return {}
+    buckets = sorted(
+        _over_buckets(job, "counting", count_bucket, thresholds=thresholds), key=lambda row: row["bucket"]
     )
-    results: list[dict[str, Any]] = []
-    with ProgressLine("packing", job.num_buckets) as progress:
-        for row in packed.iter_rows():
-            results.append(row["packed"])
-            tally.peak_memory_mib = max(tally.peak_memory_mib, row["packed"]["peak_memory_mib"])
-            progress.update(len(results), "buckets")
+    counts = {source.index: [int(row["rows"][source.index]) for row in buckets] for source in trained}
+    wanted = quotas(trained, [sum(counts[source.index]) for source in trained])
+    shares = {
+        source.index: shared_out(quota, counts[source.index])
+        for source, quota in zip(trained, wanted, strict=True)
+    }
+    return {row["bucket"]: {s: shares[s][place] for s in shares} for place, row in enumerate(buckets)}
+
+
+def _pack_buckets(
+    job: Job, thresholds: tuple[int, ...], shares: dict[int, Quotas], tally: Tally
+) -> tuple[Split, Split]:
+    """Packs all buckets; what does not fill a row group of its bucket is gathered in one last shard a split.
+
+    Raises:
+        RuntimeError: not all that was scattered has arrived.
+    """
+    results = []
+    for row in _over_buckets(job, "packing", pack_bucket, thresholds=thresholds, quotas=shares):
+        results.append(row["packed"])
+        tally.peak_memory_mib = max(tally.peak_memory_mib, row["packed"]["peak_memory_mib"])
+    if (arrived := sum(result["num_docs"] for result in results)) != tally.num_docs:
+        raise RuntimeError(
+            f"{arrived} of {tally.num_docs} documents arrived in {job.scratch}: does every node see the same storage?"
+        )
     results.sort(key=lambda result: result["bucket"])
     return finish_split(job, "train", results), finish_split(job, "eval", results)
 
@@ -199,8 +275,8 @@ def _bad_rows(rejected: list[dict[str, Any]], num_rows: int) -> str:
     return "\n".join(line for line in (*shown, more, advice) if line)
 
 
-def _nothing_left(job: Job, tally: Tally, rejected: list[dict[str, Any]]) -> str:
-    reasons = Counter(row["reason"] for row in rejected)
+def _nothing_left(job: Job, tally: Tally) -> str:
+    reasons = Counter(row["reason"] for row in tally.rejected)
     if tally.num_dropped_long:
         reasons[f"longer than data.seq_len = {job.seq_len} tokens with nothing supervised within it"] = (
             tally.num_dropped_long

@@ -19,9 +19,16 @@ def fingerprint_of(config: Config, inputs: Inputs, tokenizer: TokenizerSpec) -> 
     """A hash over all that decides the store's content; where the files lie does not."""
     state = {
         "version": VERSION,
-        "inputs": [(c, i.format, i.held_out) for c, i in zip(inputs.contents, inputs.items, strict=True)],
+        "inputs": [
+            (content, item.format, item.source.index, item.max_rows)
+            for content, item in zip(inputs.contents, inputs.items, strict=True)
+        ],
+        "sources": [
+            [source.model_dump(mode="json", exclude={"path"}) for source in sources or ()]
+            for sources in (config.data.sources, config.data.eval.sources)
+        ],
         "tokenizer": tokenizers.fingerprint(tokenizer),
-        "data": config.data.model_dump(mode="json", exclude={"sources", "chat_template"})
+        "data": config.data.model_dump(mode="json", exclude={"sources", "chat_template", "on_finding"})
         | {"eval": config.data.eval.fraction},
         "seed": config.run.seed,
     }

@@ -59,7 +59,7 @@ def read_rows(file: SourceFile) -> Iterator[Row]:
 
 def _found_rows(file: SourceFile) -> Iterator[Found]:
     if file.container == "hub":
-        yield from _hub_rows(file.path)
+        yield from _hub_rows(file)
         return
     try:
         yield from _parquet_rows(file) if file.container == "parquet" else _text_rows(file)
@@ -68,18 +68,18 @@ def _found_rows(file: SourceFile) -> Iterator[Found]:
         yield None, Unreadable(f"the file can't be read from here on: {error}", fatal=True)
 
 
-def _hub_rows(name: str) -> Iterator[Found]:
-    hub.check_dataset(name)
+def _hub_rows(file: SourceFile) -> Iterator[Found]:
+    hub.check_dataset(file.path)
     from datasets import load_dataset
 
     try:
-        for row in load_dataset(name, split="train", streaming=True):
+        for row in load_dataset(file.path, file.subset, split=file.split, streaming=True):
             yield None, dict(row)
     except Exception as error:  # errors of its filesystems, HTTP library and readers come through as they are
         raise UserError(
-            f"Hugging Face dataset '{name}': its split 'train' can't be read: {type(error).__name__}:"
-            f" {hub.first_line(error)}. Where it has other splits or several configurations, download the files"
-            " you want and name their path"
+            f"Hugging Face dataset '{file.path}': its split '{file.split}' can't be read: {type(error).__name__}:"
+            f" {hub.first_line(error)}. Where it has other splits or several configurations, name them: "
+            f"{{path: {file.path}, subset: ..., split: ...}}"
         ) from error
 
 

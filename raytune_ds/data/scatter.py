@@ -1,16 +1,15 @@
 """Rows to training sequences, scattered over buckets by a hash of their place: the work of one task.
 
 The hash makes a true global shuffle, and makes it depend on data and seed alone: whichever task works on what, a
-sequence lands in the same bucket, and every bucket is later put in the same order.
+sequence lands in the same bucket, and every bucket is later put in the same order. Where a chunk of rows ends depends
+on the rows alone too, so a job that is started again finds the same chunks, and leaves out those that are done.
 """
 
 from __future__ import annotations
 
 import json
 import resource
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,150 +17,155 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from raytune_ds.data.formats import RowError, to_example
-from raytune_ds.data.inputs import Input, where
-from raytune_ds.data.readers import Row, read_rows
-from raytune_ds.data.store import doc_id, write_table
+from raytune_ds.data import chunks
+from raytune_ds.data.chunks import DOCUMENT_SCHEMA, MARK_SCHEMA
+from raytune_ds.data.formats import Example, RowError, to_example
+from raytune_ds.data.inputs import where
+from raytune_ds.data.inspection import Inspector, told
+from raytune_ds.data.job import Job, Tally
+from raytune_ds.data.readers import Row
+from raytune_ds.data.sketch import marks
+from raytune_ds.data.store import doc_id
 from raytune_ds.data.template import Encoded, Encoder
-from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
+from raytune_ds.data.tokenizer import load_tokenizer
 
-BLOCK_CHARS = 1 << 20
 _MIB = 1 << 20
 
-DOCUMENT_SCHEMA = pa.schema(
+_CHUNK_SCHEMA = pa.schema(
     {
-        "key": pa.uint64(),  # decides bucket and place in it
-        "eval_key": pa.uint64(),  # the lowest ones are held out
-        "piece": pa.int32(),  # which sequence of its row
-        "doc": pa.int64(),
-        "ids": pa.list_(pa.int32()),
-        "weights": pa.list_(pa.float32()),
+        "file": pa.int32(),
+        "name": pa.string(),
+        "index": pa.list_(pa.int64()),
+        "line": pa.list_(pa.int64()),
+        "json": pa.large_list(pa.large_string()),  # because rows of different files differ in shape
+        "error": pa.large_list(pa.large_string()),
+        "fatal": pa.list_(pa.bool_()),
     }
 )
 
 
-@dataclass(frozen=True)
-class Job:
-    """All that a task of the job needs to know."""
-
-    inputs: tuple[Input, ...]
-    text_bytes: int
-    tokenizer: TokenizerSpec
-    seq_len: int
-    on_long_row: str
-    last_turn_only: bool
-    seed: int
-    eval_fraction: float
-    num_buckets: int
-    scratch: str
-    target: str
-
-
-@dataclass
-class Tally:
-    """What became of the rows of one block, or of all of them."""
-
-    num_rows: int = 0
-    num_bytes: int = 0
-    num_truncated: int = 0
-    num_dropped_long: int = 0
-    num_split: int = 0
-    num_docs: int = 0
-    lowest_eval_key: int = (1 << 64) - 1
-    lengths: Counter[str] = field(default_factory=Counter)
-    rejected: list[dict[str, Any]] = field(default_factory=list)
-    peak_memory_mib: float = 0.0
-
-    def add(self, other: Tally) -> None:
-        """Takes in another block's tally, but not its rejected rows, which go to a file."""
-        self.num_rows += other.num_rows
-        self.num_bytes += other.num_bytes
-        self.num_truncated += other.num_truncated
-        self.num_dropped_long += other.num_dropped_long
-        self.num_split += other.num_split
-        self.num_docs += other.num_docs
-        self.lowest_eval_key = min(self.lowest_eval_key, other.lowest_eval_key)
-        self.lengths.update(other.lengths)
-        self.peak_memory_mib = max(self.peak_memory_mib, other.peak_memory_mib)
+def read_chunks(batch: dict[str, np.ndarray], job: Job) -> Iterator[pa.Table]:
+    """Files to chunks of rows, one Arrow row each; without the rows where the chunk is done."""
+    done = chunks.finished(job)
+    for number in batch["input"].tolist():
+        names = chunks.finished_chunks_of_file(job, number, done)
+        if names is not None:
+            for name in names:
+                yield _chunk(number, name, [])
+            continue
+        names = []
+        for name, rows in _chunks_of_file(job, number):
+            names.append(name)
+            yield _chunk(number, name, [] if name in done else rows)
+        chunks.note_chunks_of_file(job, number, names)
 
 
-def read_blocks(batch: dict[str, np.ndarray], job: Job) -> Iterator[dict[str, Any]]:
-    """One file to blocks of rows, each row as JSON text, because rows of different files differ in shape."""
-    for number in batch["input"]:
-        block: list[tuple[int, int, int, str, str, bool]] = []
-        size = 0
-        for row in read_rows(job.inputs[number].file):
-            text = "" if row.value is None else json.dumps(row.value, default=str)
-            block.append((int(number), row.index, row.line or 0, text, row.error or "", row.fatal))
-            size += len(text)
-            if size > BLOCK_CHARS:
-                yield _row_columns(block)
-                block, size = [], 0
-        if block:
-            yield _row_columns(block)
+def _chunks_of_file(job: Job, number: int) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
+    rows: list[tuple[Any, ...]] = []
+    size = 0
+    for row in job.inputs[number].rows():
+        text = "" if row.value is None else json.dumps(row.value, default=str)
+        rows.append((row.index, row.line or 0, text, row.error or "", row.fatal))
+        size += len(text)
+        if size > job.chunk_chars:
+            yield chunks.name_of(number, rows[0][0]), rows
+            rows, size = [], 0
+    if rows:
+        yield chunks.name_of(number, rows[0][0]), rows
 
 
-def _row_columns(block: list[tuple[int, int, int, str, str, bool]]) -> dict[str, Any]:
-    file, index, line, text, error, fatal = zip(*block, strict=True)
-    return {
-        "file": np.array(file),
-        "index": np.array(index),
-        "line": np.array(line),
-        "json": pa.array(text, pa.large_string()),
-        "error": pa.array(error, pa.large_string()),
-        "fatal": np.array(fatal),
-    }
+def _chunk(file: int, name: str, rows: list[tuple[Any, ...]]) -> pa.Table:
+    columns = zip(*rows, strict=True) if rows else [()] * 5
+    return pa.table([[file], [name], *([list(column)] for column in columns)], schema=_CHUNK_SCHEMA)
 
 
-def encode_block(block: pa.Table, job: Job) -> dict[str, list[Tally]]:
-    """Encodes one block of rows, writes its sequences to the buckets, and tells what became of them."""
-    encoder = Encoder(load_tokenizer(job.tokenizer), job.last_turn_only)
-    tally = Tally()
-    documents: dict[str, list[Any]] = {name: [] for name in DOCUMENT_SCHEMA.names}
-    columns = (block.column(name) for name in ("file", "index", "line", "json", "error", "fatal"))
-    for values in zip(*columns, strict=True):
-        file, index, line, text, error, fatal = (value.as_py() for value in values)
-        tally.num_rows += 1
-        tally.num_bytes += len(text)
-        source = job.inputs[file]
+def encode_chunks(batch: pa.Table, job: Job) -> Iterator[dict[str, list[str]]]:
+    """Encodes chunks of rows, writes their sequences for the buckets, and tells what became of the rows, as JSON."""
+    for chunk in batch.to_pylist():
+        tally = _encode_chunk(chunk, job) if chunk["index"] else chunks.read_tally(job, chunk["name"])
+        yield {"tally": [tally.to_json()]}
+
+
+def _encode_chunk(chunk: dict[str, Any], job: Job) -> Tally:
+    work = _Work(job, chunk["file"])
+    columns = (chunk[name] for name in ("index", "line", "json", "error", "fatal"))
+    for index, line, text, error, fatal in zip(*columns, strict=True):
+        work.tally.num_rows += 1
+        work.tally.num_bytes += len(text)
         try:
             if error:
                 raise RowError(error)
-            example = to_example(json.loads(text), source.format)
-            sequences = _fit(encoder.encode(example), job, tally, raw_text=example.text is not None)
+            work.take(index, json.loads(text))
         except RowError as problem:
-            row = Row(index, line or None, None, str(problem), fatal)
-            tally.rejected.append(
-                {
-                    "file": source.file.path,
-                    "row": index + 1,
-                    "line": line or None,
-                    "reason": str(problem),
-                    "fatal": fatal,
-                    "where": where(source.file, row),
-                }
-            )
-            continue
-        key, eval_key = _keys(job, file, index)
-        if not source.held_out and sequences:
-            tally.lowest_eval_key = min(tally.lowest_eval_key, eval_key)
-        for piece, sequence in enumerate(sequences):
-            record = (
-                key,
-                0 if source.held_out else eval_key,
-                piece,
-                doc_id(file, index),
-                np.asarray(sequence.ids, np.int32),
-                np.asarray(sequence.weights, np.float32),
-            )
-            for name, value in zip(DOCUMENT_SCHEMA.names, record, strict=True):
-                documents[name].append(value)
-    tally.num_docs = len(documents["key"])
-    if documents["key"]:
-        first = f"{block.column('file')[0].as_py():06d}-{block.column('index')[0].as_py():012d}"
-        _write_buckets(pa.table(documents, schema=DOCUMENT_SCHEMA), job, first)
-    tally.peak_memory_mib = memory_mib()
-    return {"tally": [tally]}
+            work.reject(Row(index, line or None, None, str(problem), fatal))
+    work.tally.peak_memory_mib = memory_mib()
+    marks_table = pa.table(work.marks, schema=MARK_SCHEMA)
+    chunks.write_chunk(job, chunk["name"], work.documents, marks_table, work.tally)
+    return work.tally
+
+
+class _Work:
+    """What has come of the rows of a chunk so far."""
+
+    def __init__(self, job: Job, file: int) -> None:
+        self.job, self.file, self.input = job, file, job.inputs[file]
+        self.encoder = Encoder(load_tokenizer(job.tokenizer), job.last_turn_only)
+        self.inspector = Inspector(self.encoder)
+        self.tally = Tally()
+        self.documents: dict[str, list[Any]] = {name: [] for name in DOCUMENT_SCHEMA.names}
+        self.marks: dict[str, list[Any]] = {name: [] for name in MARK_SCHEMA.names}
+
+    def take(self, index: int, row: dict[str, Any]) -> None:
+        """Encodes a row.
+
+        Raises:
+            RowError: it can't be used.
+        """
+        example = to_example(row, self.input.format)
+        sequences = self.encoder.encode(example)
+        fitting = _fit(sequences, self.job, self.tally, raw_text=example.text is not None)
+        doc = doc_id(self.file, index)
+        self._look_at(example, sequences, fitting, doc)
+        if not fitting:
+            return
+        key, eval_key = _keys(self.job, self.file, index)
+        if self.input.held_out:
+            eval_key = 0
+        else:
+            self.tally.note_eval_key(self.input.source.index, eval_key)
+        for piece, sequence in enumerate(fitting):
+            ids, weights = np.asarray(sequence.ids, np.int32), np.asarray(sequence.weights, np.float32)
+            _append(self.documents, (key, eval_key, piece, doc, ids, weights))
+        self.tally.num_docs += len(fitting)
+        for mark, exact, sketch in marks(told(example)):
+            _append(self.marks, (mark, exact, doc, eval_key, sketch))
+
+    def reject(self, row: Row) -> None:
+        """Notes a bad row."""
+        file = self.input.file
+        self.tally.rejected.append(
+            {
+                "file": file.path,
+                "row": row.index + 1,
+                "line": row.line,
+                "reason": row.error,
+                "fatal": row.fatal,
+                "where": where(file, row),
+            }
+        )
+
+    def _look_at(self, example: Example, sequences: list[Encoded], fitting: list[Encoded], doc: int) -> None:
+        longest = max(len(s.ids) - 1 for s in sequences)
+        self.tally.lengths[_length_bin(longest)] += 1
+        self.tally.sightings.note_length(longest, doc)
+        self.tally.sightings.note(self.inspector.oddities(example, sequences), doc)
+        if example.text is None and longest > self.job.seq_len:
+            self.tally.sightings.note(["cut-off" if fitting else "too-long"], doc)
+
+
+def _append(columns: dict[str, list[Any]], values: tuple[Any, ...]) -> None:
+    for column, value in zip(columns.values(), values, strict=True):
+        column.append(value)
 
 
 def _fit(sequences: list[Encoded], job: Job, tally: Tally, raw_text: bool) -> list[Encoded]:
@@ -174,7 +178,6 @@ def _fit(sequences: list[Encoded], job: Job, tally: Tally, raw_text: bool) -> li
     fitting: list[Encoded] = []
     dropped = 0
     for sequence in sequences:
-        tally.lengths[_length_bin(len(sequence.ids) - 1)] += 1
         if len(sequence.ids) > longest and raw_text:
             starts = range(0, len(sequence.ids) - 1, job.seq_len)
             pieces = [
@@ -202,19 +205,6 @@ def _keys(job: Job, file: int, index: int) -> tuple[int, int]:
     """Two independent 64-bit hashes of a row's place; the second is never 0, which marks held-out files."""
     place = f"{job.seed}/{file}/{index}".encode()
     return xxhash.xxh3_64_intdigest(place, 0), max(1, xxhash.xxh3_64_intdigest(place, 1))
-
-
-def _write_buckets(documents: pa.Table, job: Job, name: str) -> None:
-    """The block's share of each bucket as one file; the name makes a task that is run again replace its own."""
-    buckets = documents.column("key").to_numpy() % np.uint64(job.num_buckets)
-    for bucket in np.unique(buckets).tolist():
-        part = documents.filter(pa.array(buckets == bucket))
-        write_table(part, f"{bucket_dir(job, bucket)}/{name}.parquet")
-
-
-def bucket_dir(job: Job, bucket: int) -> str:
-    """Where the parts of a bucket gather."""
-    return f"{job.scratch}/bucket-{bucket:06d}"
 
 
 def _length_bin(length: int) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from raytune_ds.console import human_count, out, say, table
+from raytune_ds.data.gate import described
 from raytune_ds.data.order import Place
 from raytune_ds.data.store import Manifest, Split, Store, file_and_row
 from raytune_ds.data.template import Encoded, coloured, marked
@@ -25,11 +26,46 @@ def show(store: Store, tokenizer: TokenizerSpec, num_examples: int) -> None:
         ["split", "documents", "packs", "tokens", "supervised", "packs full"],
         [_split_row(name, store.split(name), manifest.seq_len) for name in ("train", "eval")],
     )
+    _mixture(manifest)
     say(", ".join(_fates(manifest)))
     for reason, count in manifest.rejected_reasons.items():
         say(f"  {count:,} x {reason}")
     _histogram({int(k): v for k, v in manifest.length_histogram.items()}, manifest.num_split > 0)
+    _findings(store)
     _examples(store, tokenizer, num_examples)
+
+
+def _mixture(manifest: Manifest) -> None:
+    """What each source has in an epoch, where there are several."""
+    if len(manifest.sources) < 2:
+        return
+    rows = []
+    for split in ("train", "eval"):
+        parts = (manifest.train if split == "train" else manifest.eval).sources
+        tokens, supervised = (
+            sum(p.num_tokens for p in parts.values()),
+            sum(p.num_supervised for p in parts.values()),
+        )
+        rows += [
+            (
+                name,
+                split,
+                f"{part.num_docs:,}",
+                _percent(part.num_tokens, tokens),
+                _percent(part.num_supervised, supervised),
+            )
+            for name, part in parts.items()
+        ]
+    table("mixture of an epoch", ["source", "split", "documents", "tokens", "supervised tokens"], rows)
+
+
+def _findings(store: Store) -> None:
+    findings = store.manifest.findings
+    say("\nfindings" if findings else "\nfindings: none", style="bold")
+    for finding in findings:
+        first, *rest = described(finding, store)
+        say(f"  {'stops training: ' * finding.stops}{first}", style="red" if finding.stops else "yellow")
+        say("\n".join(f"  {line}" for line in rest), style="dim")
 
 
 def _fates(manifest: Manifest) -> list[str]:

@@ -43,14 +43,18 @@ class SourceFile:
     """`json`, `jsonl`, `csv`, `parquet`, `txt` or `hub`."""
     size: int
     """Bytes as stored (compressed or not); 0 for `hub`."""
+    subset: str | None = None
+    """Of a dataset of the Hub: its configuration; None where it has only one."""
+    split: str = "train"
+    """Of a dataset of the Hub."""
 
 
-def expand(path: str) -> list[SourceFile]:
+def expand(path: str, subset: str | None = None, split: str = "train") -> list[SourceFile]:
     """The files that `path` stands for, sorted by path: one or more.
 
     `path` is a file, a folder (the data files directly in it), a glob (`*`, `?`, `[..]`, `**`; in a URI `?`
     starts the query), a URI that pyarrow opens (s3://, gs://, file:// ...) or a dataset of the Hugging Face
-    Hub ('org/name').
+    Hub ('org/name'), for which `subset` and `split` are.
 
     Raises:
         UserError: nothing is found, or what is found is empty or no data file.
@@ -70,7 +74,7 @@ def expand(path: str) -> list[SourceFile]:
         hub.check_dataset(path)
     except UserError as error:
         raise UserError(f"{_missing(place, path)}. As a dataset of the Hub: {error}") from error
-    return [SourceFile(path, "hub", 0)]
+    return [SourceFile(path, "hub", 0, subset, split)]
 
 
 @dataclass(frozen=True)

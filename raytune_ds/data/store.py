@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -23,10 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raytune_ds import storage
+from raytune_ds.data.findings import Finding
 from raytune_ds.data.order import Order, Place
 from raytune_ds.storage import open_filesystem
 
-VERSION = 2
+VERSION = 3
 ROW_GROUP = 32
 SPLITS = ("train", "eval")
 
@@ -39,17 +40,26 @@ PACK_SCHEMA = pa.schema(
         "docs": pa.list_(pa.int64()),
     }
 )
-_FILE_SHIFT = 40
+FILE_SHIFT = 40
 
 
 def doc_id(file: int, row: int) -> int:
     """The file's place in the manifest and the row's in the file (below 2**40), as one int64."""
-    return (file << _FILE_SHIFT) | row
+    return (file << FILE_SHIFT) | row
 
 
 def file_and_row(doc: int) -> tuple[int, int]:
     """The way back from `doc_id`."""
-    return doc >> _FILE_SHIFT, doc & ((1 << _FILE_SHIFT) - 1)
+    return doc >> FILE_SHIFT, doc & ((1 << FILE_SHIFT) - 1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one source has in a split."""
+
+    num_docs: int
+    num_tokens: int
+    num_supervised: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Split:
         num_docs: documents, the pieces of a long raw text counted apart.
         num_tokens: positions the model runs on.
         num_supervised: targets with a weight that is not zero.
+        sources: the same of each source that has something in it, by name.
     """
 
     shards: tuple[tuple[str, int], ...] = ()
@@ -69,11 +80,21 @@ class Split:
     num_docs: int = 0
     num_tokens: int = 0
     num_supervised: int = 0
+    sources: dict[str, Part] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds and what it was made from."""
+    """What a store holds and what it was made from.
+
+    Attributes:
+        files, formats: read, and the format of each.
+        sources: names of the sources.
+        file_sources: for each file the index of its source.
+        findings: what is wrong or odd.
+        num_rows ... num_split: see job.Tally.
+        length_histogram: rows by the upper end of their bin of tokens.
+    """
 
     fingerprint: str
     seq_len: int
@@ -88,9 +109,10 @@ class Manifest:
     num_truncated: int
     num_dropped_long: int
     length_histogram: dict[str, int]
-    seconds: float
-    peak_memory_mib: float
     num_split: int = 0
+    sources: tuple[str, ...] = ()
+    file_sources: tuple[int, ...] = ()
+    findings: tuple[Finding, ...] = ()
     row_group: int = ROW_GROUP
     version: int = VERSION
 
@@ -105,8 +127,11 @@ class Manifest:
         for name in SPLITS:
             split = values[name]
             split["shards"] = tuple((shard, packs) for shard, packs in split["shards"])
+            split["sources"] = {source: Part(**part) for source, part in split["sources"].items()}
             values[name] = Split(**split)
-        values["files"] = tuple(values["files"])
+        for name in ("files", "sources", "file_sources"):
+            values[name] = tuple(values[name])
+        values["findings"] = tuple(map(Finding.of_json, values["findings"]))
         return Manifest(**values)
 
 

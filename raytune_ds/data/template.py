@@ -45,7 +45,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, last_turn_only: bool = False) -> None:
         """`tokenizer` carries the chat template; with `last_turn_only` earlier answers are context."""
         self.tokenizer, self._last_turn_only = tokenizer, last_turn_only
-        self._literals = Literals(tokenizer)
+        self.literals = Literals(tokenizer)
 
     def encode(self, example: Example) -> list[Encoded]:
         """All training sequences of one example.
@@ -56,8 +56,8 @@ class Encoder:
         if example.text is not None:
             return [self._encode_text(example.text)]
         sequences: list[Encoded] = []
-        for context, answer in self._turns(self._literals.guarded(example)):
-            context_ids, answer_ids = self._literals.ids(context), self._literals.ids(answer)
+        for context, answer in self._turns(self.literals.guarded(example)):
+            context_ids, answer_ids = self.literals.ids(context), self.literals.ids(answer)
             last = sequences[-1] if sequences else None
             if last is not None and context_ids[: len(last.ids)] == last.ids:
                 between = context_ids[len(last.ids) :]
@@ -82,11 +82,18 @@ class Encoder:
             ids.append(eos)
         return Encoded(ids, [1.0] * len(ids))
 
-    def _turns(self, example: Example) -> Iterator[tuple[str, str]]:
-        """(what is seen when serving, what is to be answered) of each turn that is trained on."""
+    def trained_messages(self, example: Example) -> list[dict[str, Any]]:
+        """The assistant's messages that are trained on."""
+        return [example.messages[position] for position in self._trained(example)]
+
+    def _trained(self, example: Example) -> list[int]:
         answers = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
         trained = [i for i in answers if i not in example.silent]
-        for position in trained[-1:] if self._last_turn_only else trained:
+        return trained[-1:] if self._last_turn_only else trained
+
+    def _turns(self, example: Example) -> Iterator[tuple[str, str]]:
+        """(what is seen when serving, what is to be answered) of each turn that is trained on."""
+        for position in self._trained(example):
             context = self.render(example.messages[:position], example.tools, generate=True)
             finished = self.render(example.messages[: position + 1], example.tools, generate=False)
             yield context, self._answer(example.messages[position], context, finished)

@@ -1,4 +1,6 @@
-"""Objectives: a model and a batch to a loss sum. The loop divides by the global weight, so no objective averages."""
+"""Objectives: a model and a batch to the loss of each document, a sum. The loop divides by the global weight, so no
+objective averages.
+"""
 
 from __future__ import annotations
 
@@ -13,4 +15,4 @@ from raytune_ds.objectives.sft import sft
 Objective = Callable[[nn.Module, Batch], torch.Tensor]
 
 OBJECTIVES: dict[str, Objective] = {"sft": sft, "pretrain": sft}
-"""By `objective.kind`: each gives the sum of the weighted losses of a batch, a scalar to run backward from."""
+"""By `objective.kind`: each gives the weighted losses of a batch's documents, [S], whose sum is run backward from."""

@@ -12,12 +12,15 @@ from raytune_ds.data.batch import Batch
 
 
 def sft(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The sum over supervised tokens of weight times negative log-likelihood in nats.
+    """The loss of each document: the sum over its supervised tokens of weight times negative log-likelihood in nats.
 
     Args:
         model: a PackedLM: batch to losses [N] of its supervised tokens.
         batch: whose weights say how much each target counts.
+
+    Returns:
+        float32 [S], one a document of the batch.
     """
     losses_N = model(batch)
     weights_BT = batch.weights_BT
-    return (losses_N * weights_BT[weights_BT != 0]).sum()
+    return batch.by_segment(losses_N * weights_BT[weights_BT != 0])

@@ -16,6 +16,7 @@ from raytune_ds.check import Checked, check, vary
 from raytune_ds.compose import differences, dump, load, replaced
 from raytune_ds.config import Config, ScalingConfig
 from raytune_ds.console import human_count, human_time, say, warn
+from raytune_ds.data.gate import require_sound
 from raytune_ds.errors import UserError
 from raytune_ds.launch import assign
 from raytune_ds.naming import DECIDES_NOTHING, lasting_name
@@ -178,6 +179,7 @@ def _sweep(config: Config, checked: Checked, space: Space, directory: SweepDir, 
     largest = max(scales.values(), key=lambda scale: scale.num_workers * scale.cpus_per_worker)
     preflight(checked.root)
     assignment = assign(checked)
+    require_sound(assignment.store, checked.config.data.on_finding)
     if assignment.store.manifest.eval.num_packs == 0:
         raise UserError(
             "sweep: there are no held-out data, and a trial reports when it is evaluated. Set data.eval.fraction above "

@@ -78,6 +78,7 @@ def _pack(members: Sequence[Encoded]) -> dict[str, np.ndarray]:
         "targets": np.concatenate([d.ids[1:] for d in members]),
         "weights": np.concatenate([d.weights[1:] for d in members]),
         "lengths": np.array([len(d.ids) - 1 for d in members]),
+        "docs": np.zeros(len(members), np.int64),
     }
 
 

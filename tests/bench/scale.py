@@ -157,7 +157,15 @@ def _batch(step: int, rank: int) -> Any:
     ).numpy()
     weights = torch.ones(TOKENS).numpy()
     return collate(
-        [{"ids": ids[:-1], "targets": ids[1:], "weights": weights, "lengths": torch.tensor([TOKENS]).numpy()}]
+        [
+            {
+                "ids": ids[:-1],
+                "targets": ids[1:],
+                "weights": weights,
+                "lengths": torch.tensor([TOKENS]).numpy(),
+                "docs": torch.zeros(1).numpy(),
+            }
+        ]
     )
 
 

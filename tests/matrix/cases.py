@@ -118,7 +118,15 @@ def packs(step: int) -> tuple[dict[str, np.ndarray], ...]:
         ids = rng.integers(5, 250, length + 1)
         weights = (rng.random(length) < 0.6).astype(np.float32)
         weights[-1] = 1.0
-        made.append({"ids": ids[:-1], "targets": ids[1:], "weights": weights, "lengths": np.array([length])})
+        made.append(
+            {
+                "ids": ids[:-1],
+                "targets": ids[1:],
+                "weights": weights,
+                "lengths": np.array([length]),
+                "docs": np.array([0]),
+            }
+        )
     return tuple(made)
 
 

@@ -27,7 +27,7 @@ from raytune_ds.data.batch import Batch, collate
 from raytune_ds.engines import MOMENTS, Engine, Task, state_shapes
 from raytune_ds.engines.adamw import local
 from raytune_ds.errors import UserError
-from raytune_ds.loop import mean_loss, optimizer_step
+from raytune_ds.loop import mean_losses, optimizer_step
 from raytune_ds.model.build import Built
 from raytune_ds.objectives.sft import sft
 from raytune_ds.schedule import lr_multiplier, warmup_steps
@@ -213,7 +213,15 @@ def packs(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
         ids = rng.integers(0, VOCABULARY, length + 1)
         weights = rng.choice([0.0, 1.0, 0.5], length)
         weights[0] = 1.0
-        made.append({"ids": ids[:-1], "targets": ids[1:], "weights": weights, "lengths": np.array([length])})
+        made.append(
+            {
+                "ids": ids[:-1],
+                "targets": ids[1:],
+                "weights": weights,
+                "lengths": np.array([length]),
+                "docs": np.array([0]),
+            }
+        )
     return made
 
 
@@ -260,7 +268,7 @@ class Plain:
         batch = collate(packs(count, seed=step))
         for parameter in self.trained.values():
             parameter.grad = torch.zeros_like(parameter)
-        loss = sft(self.module, batch) / batch.weight
+        loss = sft(self.module, batch).sum() / batch.weight
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.max_grad_norm or float("inf"))
         for group in self.optimizer.param_groups:
@@ -385,7 +393,7 @@ def test_the_gradient_is_cleared_after_a_step(name: str) -> None:
     step_of(engine, 0, (2, 2))
     before = state(engine)
     for _ in range(2):
-        engine.backward(sft(engine.module, collate(packs(2))) * 0.0)
+        engine.backward(sft(engine.module, collate(packs(2))).sum() * 0.0)
     result = engine.step(0.01)
     assert result.grad_norm == 0
     after = state(engine)
@@ -413,8 +421,8 @@ def test_evaluation_changes_nothing(name: str) -> None:
     engine, other, plain = engine_of(name), engine_of(name), Plain()
     held_out = [[collate(packs(3, seed=8))], [collate(packs(2, seed=9)), collate([])]]
     for step in range(3):
-        loss = mean_loss(engine.module, sft, held_out, ALONE)
-        assert loss == pytest.approx(mean_loss(plain.module, sft, held_out, ALONE), rel=1e-4)
+        loss = mean_losses(engine.module, sft, held_out, ALONE)
+        assert loss == pytest.approx(mean_losses(plain.module, sft, held_out, ALONE), rel=1e-4)
         assert engine.module.training
         assert step_of(engine, step) == step_of(other, step)
         plain.step(step, 4, 0.01)
@@ -430,7 +438,7 @@ def poisoned(engine: Engine, factors: list[float | None]) -> None:
     """Gradients of which some are not finite: a micro-batch each, its factor of the embedding's gradient."""
     for number, factor in enumerate(factors):
         toy(engine).spoil = factor
-        engine.backward(sft(engine.module, collate(packs(2, seed=number))) / 10)
+        engine.backward(sft(engine.module, collate(packs(2, seed=number))).sum() / 10)
     toy(engine).spoil = None
 
 
@@ -442,7 +450,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(name: str, poison: float,
     run(engine, range(before)), run(untouched, range(before))
     saved = state(engine)
     for _ in range(2):
-        engine.backward(sft(engine.module, collate(packs(2))) * poison)
+        engine.backward(sft(engine.module, collate(packs(2))).sum() * poison)
         result = engine.step(0.01)
         assert result.skipped is True
         assert not np.isfinite(result.grad_norm)
@@ -478,7 +486,7 @@ def test_a_norm_that_is_not_finite_is_enough(name: str) -> None:
     engine = engine_of(name)
     run(engine, range(2))
     saved = state(engine)
-    engine.backward(sft(engine.module, collate(packs(2))) * 1e25)
+    engine.backward(sft(engine.module, collate(packs(2))).sum() * 1e25)
     assert engine.step(0.01).skipped is True
     assert_same_bits(state(engine), saved)
 
@@ -489,7 +497,7 @@ def test_a_gradient_that_is_not_wanted_leaves_no_trace(name: str, before: int) -
     engine, untouched = engine_of(name, max_grad_norm=0.5), engine_of(name, max_grad_norm=0.5)
     run(engine, range(before)), run(untouched, range(before))
     saved = state(engine)
-    engine.backward(sft(engine.module, collate(packs(2))))
+    engine.backward(sft(engine.module, collate(packs(2))).sum())
     result = engine.step(0.01, wanted=False)
     assert result.skipped is True
     assert np.isfinite(result.grad_norm)
@@ -532,7 +540,7 @@ def test_what_was_saved_can_be_loaded_in_the_midst_of_training(name: str) -> Non
     engine = engine_of(name)
     run(engine, range(2))
     saved, losses = state(engine), run(engine, range(2, 4))
-    engine.backward(sft(engine.module, collate(packs(2))) * float("nan"))
+    engine.backward(sft(engine.module, collate(packs(2))).sum() * float("nan"))
     assert engine.step(0.01).skipped is True
     engine.load(reader(saved), 2)
     assert run(engine, range(2, 4)) == losses
@@ -541,7 +549,7 @@ def test_what_was_saved_can_be_loaded_in_the_midst_of_training(name: str) -> Non
 @every_engine
 def test_a_large_gradient_is_applied(name: str) -> None:
     engine = engine_of(name, max_grad_norm=1.0)
-    engine.backward(sft(engine.module, collate(packs(2))) * 1e10)
+    engine.backward(sft(engine.module, collate(packs(2))).sum() * 1e10)
     result = engine.step(0.01)
     assert result.skipped is False
     assert 1e9 < result.grad_norm < float("inf")
@@ -604,9 +612,11 @@ def test_a_load_after_an_evaluation_is_computed_with(name: str) -> None:
     straight, other = engine_of(name), engine_of(name, seed=1)
     run(straight, range(2))
     held_out = [[collate(packs(3, seed=8))]]
-    mean_loss(other.module, sft, held_out, ALONE)
+    mean_losses(other.module, sft, held_out, ALONE)
     other.load(reader(state(straight)), 2)
-    assert mean_loss(other.module, sft, held_out, ALONE) == mean_loss(straight.module, sft, held_out, ALONE)
+    assert mean_losses(other.module, sft, held_out, ALONE) == mean_losses(
+        straight.module, sft, held_out, ALONE
+    )
     assert run(other, range(2, 4)) == run(straight, range(2, 4))
 
 
@@ -645,9 +655,9 @@ def test_in_bfloat16_the_state_is_float32_and_what_is_computed_with_follows_it(n
     engine = engine_of(name, seed=1, dtype=HALF)
     engine.load(reader(saved), 3)
     assert_same_bits(state(engine), saved)
-    expected = mean_loss(saved_by.module, sft, batch, ALONE)
-    assert mean_loss(engine.module, sft, batch, ALONE) == pytest.approx(expected, rel=0.02)
-    assert mean_loss(ToyLM(seed=1), sft, batch, ALONE) != pytest.approx(expected, rel=0.05)
+    expected = mean_losses(saved_by.module, sft, batch, ALONE)
+    assert mean_losses(engine.module, sft, batch, ALONE) == pytest.approx(expected, rel=0.02)
+    assert mean_losses(ToyLM(seed=1), sft, batch, ALONE) != pytest.approx(expected, rel=0.05)
     # Steps far below bfloat16's resolution add up.
     for step in range(3, 6):
         step_of(engine, step, lr=1e-5)

@@ -22,13 +22,13 @@ ROOMS = """
     errors storage tensorfile console hub section clusterconfig sweepconfig config keys aliases yamlfile problems
     compose naming confighelp plan command
     deploy deploy.instances deploy.layout deploy.kubernetes deploy.render deploy.spot_aws deploy.spot_gcp
-    demo.data data.formats data.sources data.readers_lines data.readers_json data.readers data.order data.packing
-    data.batchid data.store data.share data.tokenizer data.inputs data.rows
-    data.prepared
-    data.literal data.template data.scatter data.buckets data.batch data.stream data.prepare data.show
-    world rundir lease watch downtime stacks
+    lease demo.data data.formats data.sources data.readers_lines data.readers_json data.readers data.order data.packing
+    data.batchid data.findings data.store data.share data.tokenizer data.mixture data.inputs data.rows
+    data.prepared data.literal data.template data.sketch data.inspection data.sightings data.job data.chunks
+    data.scatter data.duplicates data.gate data.buckets data.batch data.stream data.prepare data.show
+    world rundir watch downtime stacks
     model.tiny model.attention model.packed model.weights model.load model.adapters model.build model.flops
-    schedule guard
+    schedule guard bysource
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
     engines.ds.stage engines.ds.autos engines.ds.config

@@ -51,7 +51,7 @@ def run(
     """Steps that were saved, in a run of 20 that is evaluated every third step with these losses."""
     config = Config(train={"max_steps": 20, "eval_steps": 3}, checkpoint={"every_steps": every})
     measured, saved, rows = iter(losses), [], []
-    monkeypatch.setattr(loop, "mean_loss", lambda *_: next(measured))
+    monkeypatch.setattr(loop, "mean_losses", lambda *_: {"eval_loss": next(measured)})
     steps = count(1)
 
     def step(*_: Any) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def pack(rows: list[list[int]], weights: np.ndarray | None = None) -> Batch:
                 "targets": np.concatenate([row[1:] for row in rows]),
                 "weights": np.ones(lengths.sum()) if weights is None else weights,
                 "lengths": lengths,
+                "docs": np.arange(len(rows)),
             }
         ]
     )
@@ -178,7 +179,7 @@ def test_losses_are_the_cross_entropy_where_the_weight_is_not_zero(model: Any) -
     rows, weights = documents(), some_weights()
     with torch.no_grad():
         losses = wrap(model)(pack(rows, weights))
-        total = sft(wrap(model), pack(rows, weights))
+        total = sft(wrap(model), pack(rows, weights)).sum()
     full = torch.cat(document_logits(model, rows))
     expected = F.cross_entropy(full, torch.tensor([t for row in rows for t in row[1:]]), reduction="none")
     torch.testing.assert_close(losses, expected[torch.tensor(weights != 0)], rtol=0, atol=1e-5)
@@ -195,7 +196,7 @@ def test_logits_are_made_for_supervised_tokens_only(model: Any) -> None:
 
 def gradients(model: Any, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
     model.requires_grad_(True).zero_grad(set_to_none=True)
-    loss = sft(wrap(model), batch)
+    loss = sft(wrap(model), batch).sum()
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)

@@ -179,14 +179,14 @@ def test_bad_parquet(tmp_path):
 def test_hub_rows(monkeypatch):
     import datasets
 
-    def load_dataset(name: str, split: str, streaming: bool) -> Iterator[dict]:
-        assert (name, split, streaming) == ("org/name", "train", True)
+    def load_dataset(name: str, subset: str | None, split: str, streaming: bool) -> Iterator[dict]:
+        assert (name, subset, split, streaming) == ("org/name", "main", "train", True)
         yield {"text": "a"}
         raise ValueError("Bad split: train. Available splits: ['test']\nmore")
 
     monkeypatch.setattr(hub, "check_dataset", lambda name: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = read_rows(SourceFile("org/name", "hub", 0))
+    rows = read_rows(SourceFile("org/name", "hub", 0, subset="main"))
     assert next(rows) == Row(0, None, {"text": "a"}, None)
     with pytest.raises(UserError, match=r"'org/name'.*'train'.*Available splits: \['test'\]"):
         next(rows)

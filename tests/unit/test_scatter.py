@@ -10,10 +10,11 @@ import pyarrow as pa
 import pytest
 
 from raytune_ds.config import DataConfig
+from raytune_ds.data.chunks import bucket_documents
 from raytune_ds.data.formats import Example
 from raytune_ds.data.inputs import Inputs
-from raytune_ds.data.scatter import Job, Tally, bucket_dir, encode_block, read_blocks
-from raytune_ds.data.store import read_table
+from raytune_ds.data.job import Job, Tally
+from raytune_ds.data.scatter import encode_chunks, read_chunks
 from raytune_ds.data.template import Encoder
 from raytune_ds.data.tokenizer import TokenizerSpec
 from tests.helpers import write_jsonl
@@ -23,23 +24,26 @@ SEQ_LEN = 8
 
 def encode(data: Path, model: Path, on_long_row: str) -> tuple[Tally, pa.Table]:
     """One file's rows through one task: what became of them, and the sequences in order."""
+    found = Inputs.find(DataConfig.model_validate({"sources": str(data)}))
     job = Job(
-        inputs=Inputs.find(DataConfig.model_validate({"sources": str(data)})).items,
-        text_bytes=0,
+        inputs=found.items,
+        sources=found.sources,
         tokenizer=TokenizerSpec(str(model)),
         seq_len=SEQ_LEN,
         on_long_row=on_long_row,
         last_turn_only=False,
         seed=0,
-        eval_fraction=0.0,
         num_buckets=1,
+        chunk_chars=1 << 20,
         scratch=str(data.parent / f"scratch-{on_long_row}"),
         target="",
     )
-    (block,) = read_blocks({"input": np.array([0])}, job)
-    (tally,) = encode_block(pa.table(block), job)["tally"]
-    (part,) = Path(bucket_dir(job, 0)).iterdir()
-    return tally, read_table(str(part)).sort_by([("doc", "ascending"), ("piece", "ascending")])
+    (chunk,) = read_chunks({"input": np.array([0])}, job)
+    (told,) = encode_chunks(chunk, job)
+    documents = bucket_documents(job, 0)
+    return Tally.from_json(told["tally"][0]), documents.sort_by(
+        [("doc", "ascending"), ("piece", "ascending")]
+    )
 
 
 @pytest.mark.parametrize("on_long_row", ["truncate", "drop"])

@@ -39,8 +39,6 @@ def shown(folder: Path, model: Path, ids: list[int], format: str, capsys: pytest
         num_truncated=0 if format == "text" else 3,
         num_dropped_long=0,
         length_histogram={"512": 20},
-        seconds=1.0,
-        peak_memory_mib=1.0,
         num_split=5 if format == "text" else 0,
     )
     show(Store(str(folder), manifest), TokenizerSpec(str(model)), 1)

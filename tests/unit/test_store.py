@@ -86,8 +86,6 @@ def manifest(train: Split) -> Manifest:
         num_truncated=0,
         num_dropped_long=0,
         length_histogram={"8": 2},
-        seconds=0.5,
-        peak_memory_mib=1.5,
     )
 
 
@@ -192,7 +190,7 @@ def test_a_weight_is_summed_exactly() -> None:
     count = 2**24 + 1
     ones = torch.ones(1, 1).expand(1, count)
     empty = collate([])
-    batch = Batch(empty.ids_BT, empty.targets_BT, ones, empty.positions_BT, empty.segments, 1)
+    batch = Batch(empty.ids_BT, empty.targets_BT, ones, empty.positions_BT, empty.segments, 1, empty.docs_S)
     assert float(batch.weight) == count
 
 

@@ -1,0 +1,103 @@
+"""What is odd about one row, its text beside the tokens it became."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from ftfy.badness import is_bad
+
+from raytune_ds.data.formats import Example, Message
+from raytune_ds.data.sketch import code_points, script_of
+from raytune_ds.data.template import Encoded, Encoder
+
+REPLACEMENT = "\ufffd"
+_OPEN, _CLOSE = "<think>", "</think>"
+
+
+def told(example: Example) -> str:
+    """What people and model say in a row; not the system prompt and the tools, which many rows share."""
+    if example.text is not None:
+        return example.text
+    return "\n".join(said(message) for message in example.messages if message["role"] != "system")
+
+
+def said(message: Message) -> str:
+    """A message's text, the calls of tools included."""
+    calls = [f"{call['function']}" for call in message.get("tool_calls") or ()]
+    return "\n".join([message.get("content") or "", *calls])
+
+
+class Inspector:
+    """Looks at the rows of one tokenizer."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        """`encoder` is what encodes them."""
+        self._encoder, self._tokenizer = encoder, encoder.tokenizer
+        special = {i for i, t in self._tokenizer.added_tokens_decoder.items() if t.special}
+        self._special = special | set(self._tokenizer.all_special_ids)
+        self._bos = self._tokenizer.bos_token_id
+
+    def oddities(self, example: Example, sequences: Sequence[Encoded]) -> Iterator[str]:
+        """What is odd about a row, as kinds of findings."""
+        text = told(example)
+        characters = code_points(text)
+        yield f"writing:{script_of(characters)}"
+        # Damaged text has letters of the Latin supplement, so that most texts need no closer look.
+        damaged = ((characters >= 0x80) & (characters <= 0x17F)).any() and is_bad(text)
+        if damaged or REPLACEMENT in text:
+            yield "damaged-text"
+        if any(self._bos is not None and s.ids[:2] == [self._bos] * 2 for s in sequences):
+            yield "double-bos"
+        if example.text is None:
+            yield from self._of_conversation(example, sequences)
+        elif any(not self._special.isdisjoint(s.ids[1:-1]) for s in sequences):
+            yield "control-token"
+
+    def _of_conversation(self, example: Example, sequences: Sequence[Encoded]) -> Iterator[str]:
+        if any(all(s.weights[1:]) for s in sequences):
+            yield "all-supervised"
+        if self._encoder.literals.guarded(example) != example:
+            yield "control-text"
+        answers = [list(run) for s in sequences for run in _runs(s)]
+        if any(run[-1] not in self._special for run in answers):
+            yield "no-end-token"
+        yield from self._of_answers(example, answers)
+        asked = script_of(code_points("".join(_contents(example.messages, "user"))))
+        answered = script_of(code_points("".join(_contents(example.messages, "assistant"))))
+        if asked and answered and asked != answered:
+            yield "answer-in-other-writing"
+
+    def _of_answers(self, example: Example, answers: list[list[int]]) -> Iterator[str]:
+        messages = [m for m in example.messages if m["role"] == "assistant"]
+        contents = [str(m.get("content") or "") for m in messages]
+        if any(content.count(_OPEN) != content.count(_CLOSE) for content in contents):
+            yield "reasoning-unbalanced"
+        decoded = (self._tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in answers)
+        supervised = "".join(map(str, decoded))
+        trained = self._encoder.trained_messages(example)
+        if any(_answer(message) not in supervised for message in trained):
+            yield "answer-changed"
+        if any(_reasoning(message) not in supervised for message in trained):
+            yield "reasoning-lost"
+
+
+def _runs(sequence: Encoded) -> Iterator[list[int]]:
+    """The ids of each stretch that is trained on."""
+    tokens = zip(sequence.ids, sequence.weights, strict=True)
+    for supervised, run in groupby(tokens, key=lambda token: token[1] != 0):
+        if supervised:
+            yield [token for token, _ in run]
+
+
+def _contents(messages: Sequence[Message], role: str) -> list[str]:
+    return [str(m.get("content") or "") for m in messages if m["role"] == role]
+
+
+def _answer(message: Message) -> str:
+    return str(message.get("content") or "").rpartition(_CLOSE)[2].strip()
+
+
+def _reasoning(message: Message) -> str:
+    inline = str(message.get("content") or "").rpartition(_CLOSE)[0].removeprefix(_OPEN)
+    return (inline or str(message.get("reasoning_content") or "")).strip()

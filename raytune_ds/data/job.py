@@ -1,0 +1,110 @@
+"""What the tasks of a preparation are told, and what each tells of its rows."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from raytune_ds.data.inputs import Input
+from raytune_ds.data.mixture import Source
+from raytune_ds.data.sightings import Sightings
+from raytune_ds.data.tokenizer import TokenizerSpec
+
+NEVER = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a task needs to know.
+
+    Attributes:
+        inputs, sources: of the run.
+        tokenizer: of the model.
+        seq_len, on_long_row, last_turn_only: of the config's data section.
+        seed: of the shuffle and of what is held out.
+        num_buckets: that rows are scattered over.
+        chunk_chars: text of the rows of a chunk, in characters: what one task encodes, and what a crash may cost.
+        scratch: folder of what is only needed while the store is made.
+        target: folder of the store.
+    """
+
+    inputs: tuple[Input, ...]
+    sources: tuple[Source, ...]
+    tokenizer: TokenizerSpec
+    seq_len: int
+    on_long_row: str
+    last_turn_only: bool
+    seed: int
+    num_buckets: int
+    chunk_chars: int
+    scratch: str
+    target: str
+
+    @property
+    def source_of_file(self) -> tuple[int, ...]:
+        """For each input the index of its source."""
+        return tuple(item.source.index for item in self.inputs)
+
+
+@dataclass
+class Tally:
+    """What became of the rows of one chunk, or of all of them.
+
+    Attributes:
+        num_rows: read, bad ones included.
+        num_bytes: of their text.
+        num_truncated, num_dropped_long: conversations longer than a pack.
+        num_split: raw texts longer than a pack.
+        num_docs: sequences written to the buckets.
+        lowest_eval_key: by source; NEVER where it has no row yet.
+        lengths: rows by the upper end of their bin of tokens, a power of two.
+        sightings: what is odd about rows.
+        rejected: the bad rows: file, row, line, reason, fatal, where.
+        peak_memory_mib: of the task.
+    """
+
+    num_rows: int = 0
+    num_bytes: int = 0
+    num_truncated: int = 0
+    num_dropped_long: int = 0
+    num_split: int = 0
+    num_docs: int = 0
+    lowest_eval_key: dict[int, int] = field(default_factory=dict)
+    lengths: Counter[str] = field(default_factory=Counter)
+    sightings: Sightings = field(default_factory=Sightings)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    peak_memory_mib: float = 0.0
+
+    def add(self, other: Tally) -> None:
+        """Takes in another chunk's tally."""
+        self.num_rows += other.num_rows
+        self.num_bytes += other.num_bytes
+        self.num_truncated += other.num_truncated
+        self.num_dropped_long += other.num_dropped_long
+        self.num_split += other.num_split
+        self.num_docs += other.num_docs
+        for source, key in other.lowest_eval_key.items():
+            self.note_eval_key(source, key)
+        self.lengths.update(other.lengths)
+        self.sightings.add(other.sightings)
+        self.rejected += other.rejected
+        self.peak_memory_mib = max(self.peak_memory_mib, other.peak_memory_mib)
+
+    def note_eval_key(self, source: int, key: int) -> None:
+        """A row of a source that may be held out."""
+        self.lowest_eval_key[source] = min(self.lowest_eval_key.get(source, NEVER), key)
+
+    def to_json(self) -> str:
+        """As it lies in a chunk's file."""
+        return json.dumps({**vars(self), "sightings": vars(self.sightings)})
+
+    @staticmethod
+    def from_json(text: str) -> Tally:
+        """The way back from `to_json`."""
+        values = json.loads(text)
+        values["lowest_eval_key"] = {int(s): key for s, key in values["lowest_eval_key"].items()}
+        values["lengths"] = Counter(values["lengths"])
+        values["sightings"] = Sightings(**values["sightings"])
+        return Tally(**values)
