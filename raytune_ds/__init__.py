@@ -7,8 +7,9 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     section, cluster-/sweepconfig, config  the config tree
     keys, yamlfile, compose, naming    how YAML and key=value become one; names made from it
     deploy/                            the files of a cluster, made from the config
-    data/values, conversation          what a row's JSON holds; messages of any spelling to one `Example`
-    data/demonstrations, formats       rows of each format; which one it is
+    data/values, conversation          what a row's JSON holds; messages of any spelling to a conversation
+    data/demonstrations, preferences   rows that show answers; rows that judge them
+    data/formats                       any row to one `Example`, whatever its format
     data/sources, readers              the rows of any file
     data/order                         pure: (seed, epoch, step, slot) to the pack that is read
     data/packing, store                token sequences to packs; packs to Parquet shards and back

@@ -52,6 +52,10 @@ class Example:
     """Raw text; then `messages` is empty."""
     silent: frozenset[int] = frozenset()
     """Positions of assistant messages that are context only; never the last message."""
+    rejected: Example | None = None
+    """The same prompt with the answer that is not preferred; then this example has the preferred one."""
+    desirable: bool | None = None
+    """Whether its answer is wanted, where the row says so."""
 
 
 # ---- tools ----------------------------------------------------------------------------------------

@@ -69,3 +69,12 @@ def test_pretrain_wants_raw_text(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "a", "output": "b"}\n')
     assert str(rows) in refusal(tmp_path, "objective.kind=pretrain", f"data.sources={rows}")
+
+
+def test_judged_rows_can_be_looked_at_only(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    overrides = [f"data.sources={rows}", f"model.name={tiny_models['qwen2']}"]
+    assert "No objective trains on such rows yet" in refusal(tmp_path, *overrides)
+    config = compose([], [f"run.storage={tmp_path}", "tracking.to=[]", *overrides])
+    assert check(config, to_train=False).inputs.items[0].format == "preference"

@@ -22,7 +22,7 @@ ROOMS = """
     errors storage tensorfile console hub section clusterconfig sweepconfig config keys aliases yamlfile problems
     compose naming confighelp plan command
     deploy deploy.instances deploy.layout deploy.kubernetes deploy.render deploy.spot_aws deploy.spot_gcp
-    demo.data data.values data.conversation data.demonstrations data.formats
+    demo.data data.values data.conversation data.demonstrations data.preferences data.formats
     data.sources data.readers_lines data.readers_json data.readers data.order data.packing data.batchid
     data.store data.share data.tokenizer data.inputs data.rows data.prepared
     data.literal data.template data.scatter data.buckets data.batch data.stream data.prepare data.show
@@ -46,7 +46,7 @@ ROOMS = """
 LIGHT = """
     errors storage console hub section clusterconfig sweepconfig config keys aliases yamlfile problems compose naming
     confighelp plan command deploy deploy.instances deploy.layout deploy.kubernetes deploy.render demo.data
-    data.values data.conversation data.demonstrations data.formats
+    data.values data.conversation data.demonstrations data.preferences data.formats
     data.sources data.readers_lines data.readers_json data.readers data.order
     network doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
     doctor.report sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports
