@@ -12,6 +12,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     data/formats                       any row to one `Example`, whatever its format
     data/sources, readers              the rows of any file
     data/order                         pure: (seed, epoch, step, slot) to the pack that is read
+    data/labels                        what a document is to an objective that judges answers
     data/packing, store                token sequences to packs; packs to Parquet shards and back
     data/tokenizer, inputs             tokenizers; which files a run reads
     data/literal, template             text that must not become a control token; `Example` to ids and loss weights

@@ -23,8 +23,8 @@ ROOMS = """
     compose naming confighelp plan command
     deploy deploy.instances deploy.layout deploy.kubernetes deploy.render deploy.spot_aws deploy.spot_gcp
     demo.data data.values data.conversation data.demonstrations data.preferences data.formats
-    data.sources data.readers_lines data.readers_json data.readers data.order data.packing data.batchid
-    data.store data.share data.tokenizer data.inputs data.rows data.prepared
+    data.sources data.readers_lines data.readers_json data.readers data.order data.labels data.packing
+    data.batchid data.store data.share data.tokenizer data.inputs data.rows data.prepared
     data.literal data.template data.scatter data.buckets data.batch data.stream data.prepare data.show
     world rundir lease watch downtime stacks
     model.tiny model.attention model.packed model.weights model.load model.adapters model.build model.flops
@@ -47,7 +47,7 @@ LIGHT = """
     errors storage console hub section clusterconfig sweepconfig config keys aliases yamlfile problems compose naming
     confighelp plan command deploy deploy.instances deploy.layout deploy.kubernetes deploy.render demo.data
     data.values data.conversation data.demonstrations data.preferences data.formats
-    data.sources data.readers_lines data.readers_json data.readers data.order
+    data.sources data.readers_lines data.readers_json data.readers data.order data.labels
     network doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
     doctor.report sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports
 """.split()
