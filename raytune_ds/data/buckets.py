@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from raytune_ds import storage
+from raytune_ds.data.labels import units
 from raytune_ds.data.packing import first_fit_decreasing
 from raytune_ds.data.scatter import DOCUMENT_SCHEMA, Job, bucket_dir, memory_mib
 from raytune_ds.data.store import (
@@ -46,10 +47,17 @@ def _pack(documents: pa.Table, job: Job) -> pa.Table:
     """Documents to packs in random order: first-fit-decreasing leaves the long ones in front."""
     if documents.num_rows == 0:
         return PACK_SCHEMA.empty_table()
-    lengths = np.diff(documents.column("ids").combine_chunks().offsets.to_numpy()) - 1
-    packs = first_fit_decreasing(lengths, job.seq_len)
+    packs = _pack_units(documents, job.seq_len)
     shuffled = np.random.default_rng(job.seed).permutation(len(packs))
     return pack_documents([packs[i] for i in shuffled], documents)
+
+
+def _pack_units(documents: pa.Table, capacity: int) -> list[list[int]]:
+    """The rows of each pack; both answers of a pair are in one, the rejected behind the chosen."""
+    lengths = np.diff(documents.column("ids").combine_chunks().offsets.to_numpy()) - 1
+    bounds = units(documents.column("doc").to_numpy(), documents.column("label").to_numpy())
+    packs = first_fit_decreasing(np.add.reduceat(lengths, bounds[:-1]), capacity)
+    return [[row for unit in pack for row in range(bounds[unit], bounds[unit + 1])] for pack in packs]
 
 
 def _counts(packs: pa.Table) -> dict[str, int]:
