@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,8 @@ def _pack_units(documents: pa.Table, capacity: int) -> list[list[int]]:
     lengths = np.diff(documents.column("ids").combine_chunks().offsets.to_numpy()) - 1
     bounds = units(documents.column("doc").to_numpy(), documents.column("label").to_numpy())
     packs = first_fit_decreasing(np.add.reduceat(lengths, bounds[:-1]), capacity)
-    return [[row for unit in pack for row in range(bounds[unit], bounds[unit + 1])] for pack in packs]
+    rows = [range(start, end) for start, end in pairwise(bounds.tolist())]
+    return [[row for unit in pack for row in rows[unit]] for pack in packs]
 
 
 def _counts(packs: pa.Table) -> dict[str, int]:

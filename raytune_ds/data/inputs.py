@@ -141,8 +141,8 @@ def _refusal(objective: str, refused: list[Input]) -> str:
     if judged := [item for item in refused if item.format in FOR_NO_OBJECTIVE]:
         lines.append(
             "No objective trains on such rows yet; sft trains on demonstrations (a prompt and the one answer to learn),"
-            " pretrain on raw text. To train on one of their columns all the same, name its format, as in"
-            f" {{path: {judged[0].source}, format: messages}}."
+            " pretrain on raw text. To train on one of their columns all the same, name its format:"
+            f" {{path: {judged[0].source}, format: messages}} where it is 'messages'."
         )
     if objective == "pretrain":
         lines.append(

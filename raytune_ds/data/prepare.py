@@ -45,8 +45,7 @@ def prepare(config: Config, inputs: Inputs, tokenizer: TokenizerSpec, path: str)
         path: the folder of all stores.
 
     Raises:
-        UserError: a source can't be read, a row is bad and `data.on_bad_row`
-            is fail, nothing is left to train on.
+        UserError: a source can't be read, a row is bad and `data.on_bad_row` is fail, nothing is left to train on.
     """
     if inputs.has_conversations:
         _require_chat_template(tokenizer)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raytune_ds.check import check
+from raytune_ds.check import check, vary
 from raytune_ds.compose import compose
 from raytune_ds.errors import UserError
 
@@ -77,4 +77,7 @@ def test_judged_rows_can_be_looked_at_only(tmp_path: Path, tiny_models: dict[str
     overrides = [f"data.sources={rows}", f"model.name={tiny_models['qwen2']}"]
     assert "No objective trains on such rows yet" in refusal(tmp_path, *overrides)
     config = compose([], [f"run.storage={tmp_path}", "tracking.to=[]", *overrides])
-    assert check(config, to_train=False).inputs.items[0].format == "preference"
+    looked_at = check(config, to_train=False)
+    assert looked_at.inputs.items[0].format == "preference"
+    with pytest.raises(UserError, match="No objective trains on such rows yet"):
+        vary(looked_at, config)  # a trial trains
