@@ -7,8 +7,12 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     section, cluster-/sweepconfig, config  the config tree
     keys, yamlfile, compose, naming    how YAML and key=value become one; names made from it
     deploy/                            the files of a cluster, made from the config
-    data/formats, sources, readers     any row of any file to one `Example`
+    data/values, conversation          what a row's JSON holds; messages of any spelling to a conversation
+    data/demonstrations, preferences   rows that show answers; rows that judge them
+    data/formats                       any row to one `Example`, whatever its format
+    data/sources, readers              the rows of any file
     data/order                         pure: (seed, epoch, step, slot) to the pack that is read
+    data/labels                        what a document is to an objective that judges answers
     data/packing, store                token sequences to packs; packs to Parquet shards and back
     data/tokenizer, inputs             tokenizers; which files a run reads
     data/literal, template             text that must not become a control token; `Example` to ids and loss weights

@@ -51,8 +51,12 @@ class Checked:
     ds_config: dict[str, Any] | None
 
 
-def check(config: Config) -> Checked:
+def check(config: Config, to_train: bool = True) -> Checked:
     """Tries all that can be tried without Ray, the quick things first, and says what it finds.
+
+    Args:
+        config: composed.
+        to_train: False where the data are only to be looked at: rows that no objective trains on yet may be among them.
 
     Raises:
         UserError: anything the user can mend.
@@ -63,7 +67,7 @@ def check(config: Config) -> Checked:
     ds_config = _check_engine(config)
     config = _with_default_data(config, root)
     inputs = Inputs.find(config.data)
-    inputs.require_formats_of(config.objective.kind)
+    inputs.require_formats_of(config.objective.kind, to_train)
     for line in inputs.summary():
         say(f"data: {line}")
     model = _located(config, inputs, root)
@@ -84,6 +88,7 @@ def vary(base: Checked, config: Config) -> Checked:
     same_data = config.data == base.config.data
     same_model = same_data and (config.model, config.run.seed) == (base.config.model, base.config.run.seed)
     inputs = base.inputs if same_data else Inputs.find(config.data)
+    inputs.require_formats_of(config.objective.kind)
     model = base.model if same_model else _located(config, inputs, base.root)
     same_adapter = same_model and config.adapter == base.config.adapter
     report = base.report if same_adapter else adapters.report(skeleton(model), config.adapter)

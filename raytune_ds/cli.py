@@ -89,7 +89,7 @@ def _data(arguments: argparse.Namespace) -> int:
     from raytune_ds.data.show import show
     from raytune_ds.launch import assign
 
-    checked = check(config)
+    checked = check(config, to_train=False)
     cluster.connect(arguments.debug)
     assignment = assign(checked)
     show(assignment.store, assignment.tokenizer, arguments.examples)

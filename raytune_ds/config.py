@@ -166,7 +166,9 @@ class SourceConfig(Section):
     path: Text = Field(
         description="A file, a directory, a glob pattern, a URI or the hub name of a data set."
     )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"] = Field(
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference", "kto"
+    ] = Field(
         default="auto",
         description="Form of the rows. auto: told from the columns of the first rows, which is enough "
         "unless they are ambiguous.",

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raytune_ds.data.labels import Label
 from raytune_ds.data.store import ROW_GROUP, Manifest, Split, Store, doc_id, pack_documents, write_table
 
-DOCUMENTS = pa.schema({"ids": pa.list_(pa.int32()), "weights": pa.list_(pa.float32()), "doc": pa.int64()})
+DOCUMENTS = pa.schema(
+    {"ids": pa.list_(pa.int32()), "weights": pa.list_(pa.float32()), "doc": pa.int64(), "label": pa.int8()}
+)
 
 
 def store_of(folder: Path, num_packs: int, files: Sequence[str] = ("/rows.jsonl",), **changes: Any) -> Store:
@@ -42,7 +45,10 @@ def write_store(
     """
     given = changes.pop("ids", {})
     ids = [given.get(number, [number % 50 + 1] * length) for number, length in enumerate(lengths)]
-    table = pa.table({"ids": ids, "weights": [[1.0] * n for n in lengths], "doc": docs}, schema=DOCUMENTS)
+    table = pa.table(
+        {"ids": ids, "weights": [[1.0] * n for n in lengths], "doc": docs, "label": [Label.PLAIN] * len(ids)},
+        schema=DOCUMENTS,
+    )
     packed = pack_documents(packs, table)
     first = len(packs) // 2 // ROW_GROUP * ROW_GROUP  # a shard has whole row groups, but for the last one
     shards = []

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from raytune_ds.data import batchid
+from raytune_ds.data.labels import Label
 from raytune_ds.data.share import Share, fetch_step
 from raytune_ds.data.store import Store
 
@@ -30,6 +31,7 @@ class Batch:
         weights_BT: float32, the loss weight of each target; 0 where not trained on.
         positions_BT: int64, the position within the document.
         segments: int32 of S + 1, cumulative document lengths; documents never see each other.
+        labels_S: int64, a `Label` a document; a chosen answer is followed by the rejected one of its row.
         max_segment: the longest document in tokens.
         docs_S: int64, the row of the store's files that each document is of; see store.doc_id.
         rows: which rows of the store it is made of; see batchid.
@@ -40,6 +42,7 @@ class Batch:
     weights_BT: torch.Tensor
     positions_BT: torch.Tensor
     segments: torch.Tensor
+    labels_S: torch.Tensor
     max_segment: int
     docs_S: torch.Tensor
     rows: int = 0
@@ -84,9 +87,9 @@ def collate(packs: Sequence[Pack], rows: int = 0) -> Batch:
     """Packs end to end as one batch.
 
     Args:
-        packs: each with ids, targets (int), weights (float) of one length, lengths and docs of its documents. No pack
-            at all gives the empty step's batch: one token of weight zero, so that every rank of a sharded model
-            can take part in its collectives.
+        packs: each with ids, targets (int), weights (float) of one length, lengths and docs of its documents; labels
+            where they are not plain. No pack at all gives the empty step's batch: one token of weight zero, so that
+            every rank of a sharded model can take part in its collectives.
         rows: see Batch.
     """
     if not packs:
@@ -105,10 +108,15 @@ def collate(packs: Sequence[Pack], rows: int = 0) -> Batch:
         weights_BT=row("weights", np.float32),
         positions_BT=torch.from_numpy(positions)[None],
         segments=torch.from_numpy(segments),
+        labels_S=torch.from_numpy(np.concatenate([_labels(pack) for pack in packs]).astype(np.int64)),
         max_segment=int(lengths.max()),
         docs_S=torch.from_numpy(np.concatenate([pack["docs"] for pack in packs]).astype(np.int64)),
         rows=rows,
     )
+
+
+def _labels(pack: Pack) -> np.ndarray:
+    return pack["labels"] if "labels" in pack else np.full(len(pack["lengths"]), Label.PLAIN)
 
 
 EMPTY_PACK: Pack = {

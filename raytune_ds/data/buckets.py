@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 from raytune_ds import storage
 from raytune_ds.data.chunks import bucket_documents
 from raytune_ds.data.job import Job
+from raytune_ds.data.labels import units
 from raytune_ds.data.mixture import times_drawn
 from raytune_ds.data.packing import first_fit_decreasing
 from raytune_ds.data.scatter import memory_mib
@@ -90,7 +92,7 @@ def _mixed(documents: pa.Table, job: Job, quotas: Quotas) -> pa.Table:
     times = np.ones(len(docs), np.int64)
     for source, quota in quotas.items():
         mine = np.flatnonzero(sources == source)
-        rows, first, of_row = np.unique(docs[mine], return_index=True, return_inverse=True)
+        _, first, of_row = np.unique(docs[mine], return_index=True, return_inverse=True)
         times[mine] = times_drawn(draws[mine][first], quota)[of_row]
     rounds = [np.flatnonzero(times > number) for number in range(int(times.max(initial=0)))]
     return documents.take(pa.array(np.concatenate(rounds)) if rounds else pa.array([], pa.int64()))
@@ -108,10 +110,18 @@ def _pack(documents: pa.Table, job: Job) -> pa.Table:
     """Documents to packs in random order: first-fit-decreasing leaves the long ones in front."""
     if documents.num_rows == 0:
         return PACK_SCHEMA.empty_table()
-    lengths = np.diff(documents.column("ids").combine_chunks().offsets.to_numpy()) - 1
-    packs = first_fit_decreasing(lengths, job.seq_len)
+    packs = _pack_units(documents, job.seq_len)
     shuffled = np.random.default_rng(job.seed).permutation(len(packs))
     return pack_documents([packs[i] for i in shuffled], documents)
+
+
+def _pack_units(documents: pa.Table, capacity: int) -> list[list[int]]:
+    """The rows of each pack; both answers of a pair are in one, the rejected behind the chosen."""
+    lengths = np.diff(documents.column("ids").combine_chunks().offsets.to_numpy()) - 1
+    bounds = units(documents.column("doc").to_numpy(), documents.column("label").to_numpy())
+    packs = first_fit_decreasing(np.add.reduceat(lengths, bounds[:-1]), capacity)
+    rows = [range(start, end) for start, end in pairwise(bounds.tolist())]
+    return [[row for unit in pack for row in rows[unit]] for pack in packs]
 
 
 def _parts(packs: pa.Table, job: Job) -> list[list[int]]:

@@ -26,6 +26,7 @@ DOCUMENT_SCHEMA = pa.schema(
         "doc": pa.int64(),
         "ids": pa.list_(pa.int32()),
         "weights": pa.list_(pa.float32()),
+        "label": pa.int8(),
     }
 )
 MARK_SCHEMA = pa.schema(

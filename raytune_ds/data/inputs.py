@@ -21,8 +21,17 @@ from raytune_ds.data.sources import SourceFile, expand
 from raytune_ds.errors import UserError
 
 ROWS_FOR_DETECTION = 100
-TRAINS_ON: dict[str, tuple[str, ...]] = {"sft": FORMATS, "pretrain": ("text",)}
+TRAINS_ON: dict[str, tuple[str, ...]] = {
+    "sft": ("messages", "sharegpt", "alpaca", "prompt-completion", "text"),
+    "pretrain": ("text",),
+}
 """By `objective.kind`: the formats of the rows it takes."""
+FOR_NO_OBJECTIVE = frozenset(FORMATS).difference(*TRAINS_ON.values())
+"""Formats whose rows can be prepared and looked at, and no objective trains on yet."""
+_JUDGED = {
+    "preference": "preference rows (a chosen and a rejected answer each)",
+    "kto": "KTO rows (an answer and whether it is desirable each)",
+}
 # Guesses, on the safe side: they only decide how many buckets the preparation makes.
 COMPRESSION = 6
 HUB_TEXT_BYTES = 2 << 30
@@ -82,25 +91,18 @@ class Inputs:
             items += [Input(file, row_format, source, limit) for file, limit in limits]
         return Inputs(tuple(items), sources)
 
-    def require_formats_of(self, objective: str) -> None:
+    def require_formats_of(self, objective: str, to_train: bool = True) -> None:
         """Whether the objective takes these rows; `objective` is a key of TRAINS_ON.
+
+        Not `to_train`, rows of FOR_NO_OBJECTIVE may be there too.
 
         Raises:
             UserError: it does not take those of a source.
         """
-        refused = [item for item in self.items if item.format not in TRAINS_ON[objective]]
-        if not refused:
-            return
-        named = dict.fromkeys(
-            f"data.{'eval.' * item.held_out}sources: {item.source.path} has {item.format} rows"
-            for item in refused
-        )
-        raise UserError(
-            f"objective.kind = {objective} trains on {' and '.join(TRAINS_ON[objective])} rows only.\n"
-            + "\n".join(named)
-            + "\nTo train on the answers, set objective.kind=sft. For raw text name .txt files, or rows with a 'text' "
-            f"column; where these have other columns too, write {{path: {refused[0].source.path}, format: text}}."
-        )
+        taken = {*TRAINS_ON[objective], *(() if to_train else FOR_NO_OBJECTIVE)}
+        refused = [item for item in self.items if item.format not in taken]
+        if refused:
+            raise UserError(_refusal(objective, refused))
 
     def summary(self) -> list[str]:
         """A line a source."""
@@ -136,6 +138,32 @@ class Inputs:
                     left -= len(text)
                 if left <= 0:
                     break
+
+
+def _refusal(objective: str, refused: list[Input]) -> str:
+    """That the objective does not take these files, and what to do."""
+    named = dict.fromkeys(
+        f"data.{'eval.' * item.held_out}sources: {item.source.path} has {_JUDGED.get(item.format, f'{item.format} rows')}"
+        for item in refused
+    )
+    lines = [
+        f"objective.kind = {objective} trains on {' and '.join(TRAINS_ON[objective])} rows only.",
+        *named,
+    ]
+    if any(item.format not in FOR_NO_OBJECTIVE for item in refused):
+        lines.append("To train on the answers, set objective.kind=sft.")
+    if judged := [item for item in refused if item.format in FOR_NO_OBJECTIVE]:
+        lines.append(
+            "No objective trains on such rows yet; sft trains on demonstrations (a prompt and the one answer to learn),"
+            " pretrain on raw text. To train on one of their columns all the same, name its format:"
+            f" {{path: {judged[0].source.path}, format: messages}} where it is 'messages'."
+        )
+    if objective == "pretrain":
+        lines.append(
+            "For raw text name .txt files, or rows with a 'text' column; where these have other columns too, write"
+            f" {{path: {refused[0].source.path}, format: text}}."
+        )
+    return "\n".join(lines)
 
 
 def _format_of(source: SourceConfig, file: SourceFile) -> str:
@@ -185,7 +213,10 @@ def _texts(row: Row, row_format: str) -> list[str]:
         return []
     if example.text is not None:
         return [example.text]
-    return [m.get("content") or json.dumps(m.get("tool_calls"), ensure_ascii=False) for m in example.messages]
+    messages = list(example.messages)
+    if example.rejected is not None:  # the prompt has been taken
+        messages += [message for message in example.rejected.messages if message not in messages]
+    return [m.get("content") or json.dumps(m.get("tool_calls"), ensure_ascii=False) for m in messages]
 
 
 def where(file: SourceFile, row: Row) -> str:

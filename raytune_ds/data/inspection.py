@@ -19,7 +19,10 @@ def told(example: Example) -> str:
     """What people and model say in a row; not the system prompt and the tools, which many rows share."""
     if example.text is not None:
         return example.text
-    return "\n".join(said(message) for message in example.messages if message["role"] != "system")
+    parts = [said(message) for message in example.messages if message["role"] != "system"]
+    if example.rejected is not None:
+        parts.append(said(example.rejected.messages[-1]))
+    return "\n".join(parts)
 
 
 def said(message: Message) -> str:

@@ -81,7 +81,7 @@ def shared_out(quota: int, counts: Sequence[int]) -> list[int]:
 
 
 def times_drawn(keys: np.ndarray, quota: int) -> np.ndarray:
-    """How often each of some rows comes, to make `quota` in all: the same for all, those with the lowest keys once more.
+    """How often each of some rows comes, to make `quota` in all: equally often, those with the lowest keys once more.
 
     Args:
         keys: a random number for each row, shape [n].

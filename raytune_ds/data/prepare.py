@@ -46,17 +46,15 @@ def prepare(config: Config, inputs: Inputs, tokenizer: TokenizerSpec, path: str)
     A preparation that was killed goes on where it stood: see chunks.
 
     Args:
-        config: its data section and seed decide the content; the objective says which rows it takes, but rows that
-            two objectives take become the same tokens and weights, so it is no part of the fingerprint.
+        config: its data section and seed decide the content. Not the objective: whichever takes the rows, they become
+            the same tokens and weights.
         inputs: of that section.
         tokenizer: of the model.
         path: the folder of all stores.
 
     Raises:
-        UserError: a source can't be read, the objective does not take its rows, a row is bad and `data.on_bad_row`
-            is fail, nothing is left to train on.
+        UserError: a source can't be read, a row is bad and `data.on_bad_row` is fail, nothing is left to train on.
     """
-    inputs.require_formats_of(config.objective.kind)
     if inputs.has_conversations:
         _require_chat_template(tokenizer)
     fingerprint = fingerprint_of(config, inputs, tokenizer)

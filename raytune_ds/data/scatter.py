@@ -19,6 +19,7 @@ import xxhash
 
 from raytune_ds.data import chunks
 from raytune_ds.data.chunks import DOCUMENT_SCHEMA, MARK_SCHEMA
+from raytune_ds.data.fit import fit
 from raytune_ds.data.formats import Example, RowError, to_example
 from raytune_ds.data.inputs import where
 from raytune_ds.data.inspection import Inspector, told
@@ -123,7 +124,7 @@ class _Work:
         """
         example = to_example(row, self.input.format)
         sequences = self.encoder.encode(example)
-        fitting = _fit(sequences, self.job, self.tally, raw_text=example.text is not None)
+        fitting = fit(sequences, self.job, self.tally, raw_text=example.text is not None)
         doc = doc_id(self.file, index)
         self._look_at(example, sequences, fitting, doc)
         if not fitting:
@@ -135,7 +136,7 @@ class _Work:
             self.tally.note_eval_key(self.input.source.index, eval_key)
         for piece, sequence in enumerate(fitting):
             ids, weights = np.asarray(sequence.ids, np.int32), np.asarray(sequence.weights, np.float32)
-            _append(self.documents, (key, eval_key, piece, doc, ids, weights))
+            _append(self.documents, (key, eval_key, piece, doc, ids, weights, sequence.label))
         self.tally.num_docs += len(fitting)
         for mark, exact, sketch in marks(told(example)):
             _append(self.marks, (mark, exact, doc, eval_key, sketch))
@@ -159,46 +160,17 @@ class _Work:
         self.tally.lengths[_length_bin(longest)] += 1
         self.tally.sightings.note_length(longest, doc)
         self.tally.sightings.note(self.inspector.oddities(example, sequences), doc)
-        if example.text is None and longest > self.job.seq_len:
+        if example.text is None and _num_tokens(fitting) < _num_tokens(sequences):
             self.tally.sightings.note(["cut-off" if fitting else "too-long"], doc)
+
+
+def _num_tokens(sequences: list[Encoded]) -> int:
+    return sum(len(sequence.ids) for sequence in sequences)
 
 
 def _append(columns: dict[str, list[Any]], values: tuple[Any, ...]) -> None:
     for column, value in zip(columns.values(), values, strict=True):
         column.append(value)
-
-
-def _fit(sequences: list[Encoded], job: Job, tally: Tally, raw_text: bool) -> list[Encoded]:
-    """Sequences that fit a pack: raw text is split, anything else cut or dropped as configured.
-
-    Raises:
-        RowError: nothing is supervised.
-    """
-    longest = job.seq_len + 1  # the last token is only ever a target
-    fitting: list[Encoded] = []
-    dropped = 0
-    for sequence in sequences:
-        if len(sequence.ids) > longest and raw_text:
-            starts = range(0, len(sequence.ids) - 1, job.seq_len)
-            pieces = [
-                Encoded(sequence.ids[start : start + longest], sequence.weights[start : start + longest])
-                for start in starts
-            ]
-            fitting += [piece for piece in pieces if piece.num_supervised]
-            tally.num_split += 1
-        elif len(sequence.ids) > longest:
-            cut = Encoded(sequence.ids[:longest], sequence.weights[:longest])
-            if job.on_long_row == "truncate" and cut.num_supervised:
-                tally.num_truncated += 1
-                fitting.append(cut)
-            else:
-                dropped += 1
-        elif sequence.num_supervised:
-            fitting.append(sequence)
-    tally.num_dropped_long += dropped
-    if not fitting and not dropped:
-        raise RowError("nothing in it is trained on: no supervised token is left after rendering")
-    return fitting
 
 
 def _keys(job: Job, file: int, index: int) -> tuple[int, int]:

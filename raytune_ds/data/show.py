@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from raytune_ds.console import human_count, out, say, table
 from raytune_ds.data.gate import described
+from raytune_ds.data.labels import Label, units
 from raytune_ds.data.order import Place
 from raytune_ds.data.store import Manifest, Split, Store, file_and_row
 from raytune_ds.data.template import Encoded, coloured, marked
@@ -112,15 +114,22 @@ def _examples(store: Store, tokenizer: TokenizerSpec, number: int) -> None:
     loaded = load_tokenizer(tokenizer)
     how = "green" if out.is_terminal else "between « and »"
     say(f"\nexamples: what is trained on is {how}", style="bold")
-    for doc, encoded in _documents(store, number):
+    for doc, unit in _units(store, number):
         file, row = file_and_row(doc)
         path = store.manifest.files[file]
         say(f"\n{path}, row {row + 1}", style="underline")
-        for part in _parts(encoded) if store.manifest.formats[path] == "text" else [encoded]:
-            if isinstance(part, int):
-                say(f"... {part:,} more tokens, all trained on ...", style="dim")
-            else:
-                out.print(coloured(part, loaded) if out.is_terminal else marked(part, loaded), markup=False)
+        for encoded in unit:
+            if encoded.label != Label.PLAIN:
+                say(f"{encoded.label.name.lower()}:", style="bold")
+            _show(encoded, loaded, shortened=store.manifest.formats[path] == "text")
+
+
+def _show(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, shortened: bool) -> None:
+    for part in _parts(encoded) if shortened else [encoded]:
+        if isinstance(part, int):
+            say(f"... {part:,} more tokens, all trained on ...", style="dim")
+        else:
+            out.print(coloured(part, tokenizer) if out.is_terminal else marked(part, tokenizer), markup=False)
 
 
 def _parts(text: Encoded) -> list[Encoded | int]:
@@ -128,17 +137,23 @@ def _parts(text: Encoded) -> list[Encoded | int]:
     left_out = len(text.ids) - 2 * TEXT_ENDS
     if left_out <= 0:
         return [text]
-    ends = (slice(None, TEXT_ENDS), slice(-TEXT_ENDS, None))
-    begin, end = (Encoded(text.ids[part], text.weights[part]) for part in ends)
+    ends = ((0, TEXT_ENDS), (len(text.ids) - TEXT_ENDS, len(text.ids)))
+    begin, end = (text.part(*part) for part in ends)
     return [begin, left_out, end]
 
 
-def _documents(store: Store, number: int) -> Iterator[tuple[int, Encoded]]:
-    """Some documents as they will be trained on, read back from the first packs."""
+def _units(store: Store, number: int) -> Iterator[tuple[int, list[Encoded]]]:
+    """Some documents, or pairs of them, as they will be trained on, read back from the first packs."""
     reader = store.reader("train")
     for position in range(min(number, store.manifest.train.num_packs)):
         pack = reader.pack(Place(*divmod(position, store.manifest.row_group)))
-        end = int(pack["lengths"][0])
-        ids = np.append(pack["ids"][:end], pack["targets"][end - 1])
-        weights = np.append(np.zeros(1), pack["weights"][:end])
-        yield int(pack["docs"][0]), Encoded(ids.tolist(), weights.tolist())
+        size = units(pack["docs"], pack["labels"])[1]
+        yield int(pack["docs"][0]), [_document(pack, index) for index in range(size)]
+
+
+def _document(pack: dict[str, np.ndarray], index: int) -> Encoded:
+    end = int(pack["lengths"][: index + 1].sum())
+    start = end - int(pack["lengths"][index])
+    ids = np.append(pack["ids"][start:end], pack["targets"][end - 1])
+    weights = np.append(np.zeros(1), pack["weights"][start:end])
+    return Encoded(ids.tolist(), weights.tolist(), Label(pack["labels"][index]))

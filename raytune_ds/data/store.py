@@ -7,7 +7,8 @@
         rejected.jsonl            skipped rows, each with its reason
 
 A pack is one Parquet row: `ids`, `targets` (int32), `weights` (float32; 0 where not trained on), `lengths` (tokens of
-each document) and `docs` (which row of which file each document came from).
+each document), `docs` (which row of which file each document came from) and `labels` (a `Label` a document; a chosen
+answer is followed by the rejected one of its row, in the same pack).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ PACK_SCHEMA = pa.schema(
         "weights": pa.list_(pa.float32()),
         "lengths": pa.list_(pa.int32()),
         "docs": pa.list_(pa.int64()),
+        "labels": pa.list_(pa.int8()),
     }
 )
 FILE_SHIFT = 40
@@ -69,7 +71,7 @@ class Split:
     Attributes:
         shards: file name and number of packs of each.
         num_packs: packs in all shards.
-        num_docs: documents, the pieces of a long raw text counted apart.
+        num_docs: documents, the pieces of a long raw text and the answers of a pair counted apart.
         num_tokens: positions the model runs on.
         num_supervised: targets with a weight that is not zero.
         sources: the same of each source that has something in it, by name.
@@ -176,7 +178,7 @@ class PackReader:
         self._read = lru_cache(self.CACHED_ROW_GROUPS)(self._read_row_group)
 
     def pack(self, place: Place) -> dict[str, np.ndarray]:
-        """The pack at `place`: ids, targets, weights, lengths, docs."""
+        """The pack at `place`: ids, targets, weights, lengths, docs, labels."""
         return {
             name: values[offsets[place.row] : offsets[place.row + 1]]
             for name, (values, offsets) in self._read(place.row_group).items()
@@ -217,12 +219,12 @@ def pack_documents(packs: Iterable[Sequence[int]], documents: pa.Table) -> pa.Ta
 
     Args:
         packs: for each pack the rows of `documents` it takes.
-        documents: columns ids (list of int32), weights (list of float32, one a token: its weight as a target), doc.
-            A document of n tokens fills n - 1 positions, since its last token is only ever a target.
+        documents: columns ids (list of int32), weights (list of float32, one a token: its weight as a target), doc,
+            label. A document of n tokens fills n - 1 positions, since its last token is only ever a target.
     """
     ids, weights = documents.column("ids").combine_chunks(), documents.column("weights").combine_chunks()
     tokens, token_weights, offsets = ids.values.to_numpy(), weights.values.to_numpy(), ids.offsets.to_numpy()
-    doc_ids = documents.column("doc").to_numpy()
+    doc_ids, labels = documents.column("doc").to_numpy(), documents.column("label").to_numpy()
     columns: dict[str, list[np.ndarray]] = {name: [] for name in PACK_SCHEMA.names}
     for members in packs:
         spans = [(offsets[m], offsets[m + 1]) for m in members]
@@ -231,6 +233,7 @@ def pack_documents(packs: Iterable[Sequence[int]], documents: pa.Table) -> pa.Ta
         columns["weights"].append(np.concatenate([token_weights[a + 1 : b] for a, b in spans]))
         columns["lengths"].append(np.array([b - a - 1 for a, b in spans], np.int32))
         columns["docs"].append(doc_ids[list(members)])
+        columns["labels"].append(labels[list(members)])
     return pa.table(columns, schema=PACK_SCHEMA)
 
 

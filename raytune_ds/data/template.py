@@ -5,13 +5,17 @@ The contract: what stands before a supervised turn is, token for token, what the
 Where the template keeps that property over a conversation its turns share one sequence. Where it does not (R1's drops
 the reasoning of earlier turns and opens `<think>` itself) a new sequence starts. Which of the two holds is found by
 comparing token ids, never by the model's name. What looks like a control token in a content is text (`literal`).
+
+An answer that is judged, one of a pair or one with a label, is always one sequence, of which its probability can be
+taken. Where the template starts a new one within it (several steps with tool calls between, under a template like
+R1's), the last sequence stands for the answer, and its earlier steps are not trained on.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -21,6 +25,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ds.data.formats import Example, RowError
+from raytune_ds.data.labels import Label
 from raytune_ds.data.literal import Literals
 
 _OPENED_THINKING = re.compile(r"<think>\s*\Z")
@@ -32,11 +37,16 @@ class Encoded:
 
     ids: list[int]
     weights: list[float]
+    label: Label = Label.PLAIN
 
     @property
     def num_supervised(self) -> int:
         """Targets trained on; the first token of a sequence is never a target."""
         return sum(weight != 0 for weight in self.weights[1:])
+
+    def part(self, start: int, stop: int) -> Encoded:
+        """Its tokens from `start` up to `stop`."""
+        return Encoded(self.ids[start:stop], self.weights[start:stop], self.label)
 
 
 class Encoder:
@@ -48,13 +58,29 @@ class Encoder:
         self.literals = Literals(tokenizer)
 
     def encode(self, example: Example) -> list[Encoded]:
-        """All training sequences of one example.
+        """All training sequences of one example; of a pair they are two, the chosen one and the rejected one.
 
         Raises:
-            RowError: the chat template refuses the conversation.
+            RowError: the chat template refuses the conversation, or renders both answers of a pair alike.
         """
         if example.text is not None:
             return [self._encode_text(example.text)]
+        if example.rejected is not None:
+            return self._encode_pair(example, example.rejected)
+        if example.desirable is not None:
+            return [self._judged(example, Label.DESIRABLE if example.desirable else Label.UNDESIRABLE)]
+        return self._sequences(example)
+
+    def _encode_pair(self, chosen: Example, rejected: Example) -> list[Encoded]:
+        pair = [self._judged(chosen, Label.CHOSEN), self._judged(rejected, Label.REJECTED)]
+        if pair[0].ids == pair[1].ids:
+            raise RowError("the chat template makes the same of its chosen and its rejected answer")
+        return pair
+
+    def _judged(self, example: Example, label: Label) -> Encoded:
+        return replace(self._sequences(example)[-1], label=label)
+
+    def _sequences(self, example: Example) -> list[Encoded]:
         sequences: list[Encoded] = []
         for context, answer in self._turns(self.literals.guarded(example)):
             context_ids, answer_ids = self.literals.ids(context), self.literals.ids(answer)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raytune_ds.check import check
+from raytune_ds.check import check, vary
 from raytune_ds.compose import compose
 from raytune_ds.errors import UserError
 
@@ -69,3 +69,15 @@ def test_pretrain_wants_raw_text(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "a", "output": "b"}\n')
     assert str(rows) in refusal(tmp_path, "objective.kind=pretrain", f"data.sources={rows}")
+
+
+def test_judged_rows_can_be_looked_at_only(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    overrides = [f"data.sources={rows}", f"model.name={tiny_models['qwen2']}"]
+    assert "No objective trains on such rows yet" in refusal(tmp_path, *overrides)
+    config = compose([], [f"run.storage={tmp_path}", "tracking.to=[]", *overrides])
+    looked_at = check(config, to_train=False)
+    assert looked_at.inputs.items[0].format == "preference"
+    with pytest.raises(UserError, match="No objective trains on such rows yet"):
+        vary(looked_at, config)  # a trial trains

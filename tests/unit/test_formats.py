@@ -288,6 +288,11 @@ def test_depth_is_an_error_of_the_row():
         ({"prompt": "", "completion": ""}, "prompt-completion"),
         ({"prompt": "", "response": ""}, "prompt-completion"),
         ({"text": "", "url": "", "label": True}, "text"),
+        ({"messages": [], "label": 1}, "messages"),
+        ({"messages": [], "chosen": "", "rejected": None}, "messages"),
+        ({"messages": [], "chosen": "", "rejected": "", "label": True}, "preference"),
+        ({"messages": [], "label": True}, "kto"),
+        ({"instruction": "", "output": "", "kto_tag": False}, "kto"),
     ],
 )
 def test_detect(row, format):
@@ -297,31 +302,6 @@ def test_detect(row, format):
 
 def test_detect_goes_with_most_rows():
     assert detect([{"bad": 1}, {"text": "a"}, {"text": "b"}, {"messages": []}]) == "text"
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {
-            "conversations": [],
-            "chosen": {"from": "gpt", "value": "a"},
-            "rejected": {"from": "gpt", "value": "b"},
-        },
-        {"prompt": "p", "chosen": "a", "rejected": "b"},
-        {"messages": [USER], "chosen": [ASSISTANT], "rejected": [ASSISTANT]},
-    ],
-)
-def test_preference_rows_are_told_so(row):
-    with pytest.raises(
-        RowError, match=r"preference rows .*sft trains on demonstrations .*pretrain on raw text"
-    ):
-        detect([row])
-
-
-@pytest.mark.parametrize("key", ["messages", "conversations", "prompt"])
-def test_kto_rows_are_told_so(key):
-    with pytest.raises(RowError, match=r"KTO rows .*sft trains on demonstrations .*pretrain on raw text"):
-        detect([{key: [], "completion": "a", "label": False}])
 
 
 def test_unknown_format_tells_keys_and_needs():
@@ -342,7 +322,7 @@ def test_no_rows():
 
 KEYS = (
     "messages conversations prompt completion instruction output text role from content value tool_calls"
-    " function name arguments tools system history label weight"
+    " function name arguments tools system history label weight chosen rejected question kto_tag"
 )
 WORDS = st.sampled_from(KEYS.split())
 SCALARS = (
@@ -375,7 +355,30 @@ def test_no_row_raises_anything_but_row_error(row, format):
     except RowError as error:
         str(error).encode()  # printable whatever the row holds
         return
-    json.dumps([example.messages, example.tools, example.text], ensure_ascii=False).encode()
-    if example.text is None:
-        assert example.messages[-1]["role"] == "assistant"
-        assert all(isinstance(message["content"], str) for message in example.messages)
+    for part in [example, *([example.rejected] if example.rejected else [])]:
+        json.dumps([part.messages, part.tools, part.text], ensure_ascii=False).encode()
+        if part.text is None:
+            assert part.messages[-1]["role"] == "assistant"
+            assert all(isinstance(message["content"], str) for message in part.messages)
+
+
+ROWS = st.fixed_dictionaries(
+    {"label": st.booleans()},
+    optional={"prompt": VALUES | TURNS, "messages": TURNS, "system": SCALARS},
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(ROWS, TURNS | VALUES, TURNS | VALUES, TURNS)
+def test_no_judged_row_raises_anything_but_row_error(row, one, other, begin):
+    """Closer to rows that can be used than the test above: both answers are there, and may begin alike."""
+    sides = [[*begin, *side] if isinstance(side, list) else side for side in (one, other)]
+    for judged, format in (
+        (row | {"chosen": sides[0], "rejected": sides[1]}, "preference"),
+        (row | {"completion": one}, "kto"),
+    ):
+        with contextlib.suppress(RowError):
+            example = to_example(judged, format)
+            assert (example.rejected is not None) == (format == "preference")
+            assert (example.desirable is not None) == (format == "kto")
+            assert example.rejected is None or example.rejected.messages != example.messages

@@ -9,7 +9,7 @@ import pytest
 
 from raytune_ds.config import DataConfig, ObjectiveConfig, SourceConfig
 from raytune_ds.data.formats import FORMATS
-from raytune_ds.data.inputs import TRAINS_ON, Inputs
+from raytune_ds.data.inputs import FOR_NO_OBJECTIVE, TRAINS_ON, Inputs
 from raytune_ds.errors import UserError
 from tests.helpers import write_jsonl
 
@@ -35,9 +35,10 @@ def test_every_objective_takes_formats_that_there_are() -> None:
     given = set(get_args(SourceConfig.model_fields["format"].annotation)) - {"auto"}
     assert given == set(FORMATS)
     assert all(set(taken) <= given for taken in TRAINS_ON.values())
+    assert {"preference", "kto"} == FOR_NO_OBJECTIVE
 
 
-def test_sft_takes_anything(tmp_path: Path, text: Path) -> None:
+def test_sft_takes_any_demonstration(tmp_path: Path, text: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [ALPACA])
     find(rows, text).require_formats_of("sft")
 
@@ -66,6 +67,49 @@ def test_pretrain_names_each_source_that_is_not_raw_text_and_what_to_do(tmp_path
     assert "raw.txt" not in told
     assert "objective.kind=sft" in told
     assert f"{{path: {folder}, format: text}}" in told
+
+
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+LABELLED = {**CHAT, "label": True}
+
+
+@pytest.mark.parametrize("objective", TRAINS_ON)
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        (PAIR, "preference rows (a chosen and a rejected answer each)"),
+        (LABELLED, "KTO rows (an answer and whether it is desirable each)"),
+    ],
+)
+def test_judged_rows_are_for_looking_at_and_not_for_training(
+    tmp_path: Path, text: Path, row: dict[str, object], kind: str, objective: str
+) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [row])
+    inputs = find(text, rows)
+    inputs.require_formats_of(objective, to_train=False)
+    with pytest.raises(UserError) as caught:
+        inputs.require_formats_of(objective)
+    told = str(caught.value)
+    assert told.splitlines()[1] == f"data.sources: {rows} has {kind}"
+    assert "sft trains on demonstrations (a prompt and the one answer to learn), pretrain on raw text" in told
+    assert f"{{path: {rows}, format: messages}}" in told
+    assert "set objective.kind=sft" not in told  # it would not help
+
+
+def test_a_column_of_judged_rows_is_trained_on_where_the_format_says_so(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [LABELLED])
+    find({"path": str(rows), "format": "messages"}).require_formats_of("sft")
+
+
+def test_looking_does_not_let_pass_what_another_objective_takes(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [ALPACA])
+    with pytest.raises(UserError, match="has alpaca rows"):
+        find(rows).require_formats_of("pretrain", to_train=False)
+
+
+def test_a_tokenizer_is_trained_on_both_answers(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [PAIR])
+    assert list(find(rows).sample_texts()) == ["q", "a", "b"]
 
 
 def test_a_format_that_was_given_is_refused_too(tmp_path: Path) -> None:

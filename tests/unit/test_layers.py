@@ -22,10 +22,11 @@ ROOMS = """
     errors storage tensorfile console hub section clusterconfig sweepconfig config keys aliases yamlfile problems
     compose naming confighelp plan command
     deploy deploy.instances deploy.layout deploy.kubernetes deploy.render deploy.spot_aws deploy.spot_gcp
-    lease demo.data data.formats data.sources data.readers_lines data.readers_json data.readers data.order data.packing
-    data.batchid data.findings data.store data.share data.tokenizer data.mixture data.inputs data.rows
-    data.prepared data.literal data.template data.sketch data.inspection data.sightings data.job data.chunks
-    data.scatter data.duplicates data.gate data.buckets data.batch data.stream data.prepare data.show
+    lease demo.data data.values data.conversation data.demonstrations data.preferences data.formats
+    data.sources data.readers_lines data.readers_json data.readers data.order data.labels data.packing
+    data.batchid data.findings data.store data.share data.tokenizer data.mixture data.inputs data.rows data.prepared
+    data.literal data.template data.sketch data.inspection data.sightings data.job data.chunks data.fit data.scatter
+    data.duplicates data.gate data.buckets data.batch data.stream data.prepare data.show
     world rundir watch downtime stacks
     model.tiny model.attention model.packed model.weights model.load model.adapters model.build model.flops
     schedule guard bysource
@@ -46,7 +47,8 @@ ROOMS = """
 LIGHT = """
     errors storage console hub section clusterconfig sweepconfig config keys aliases yamlfile problems compose naming
     confighelp plan command deploy deploy.instances deploy.layout deploy.kubernetes deploy.render demo.data
-    data.formats data.sources data.readers_lines data.readers_json data.readers data.order
+    data.values data.conversation data.demonstrations data.preferences data.formats
+    data.sources data.readers_lines data.readers_json data.readers data.order data.labels
     network doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
     doctor.report sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports
 """.split()

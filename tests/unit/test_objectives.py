@@ -16,6 +16,7 @@ from raytune_ds.data.formats import Example
 from raytune_ds.data.store import pack_documents
 from raytune_ds.data.template import Encoded, Encoder
 from raytune_ds.objectives import OBJECTIVES
+from tests.stores import DOCUMENTS
 
 TEXTS = ("Plain text, the first.", "今天天气很好。", "The third has 3 parts.")
 
@@ -40,8 +41,8 @@ class Bigrams(nn.Module):
 def text_batch(encoded: list[Encoded]) -> Batch:
     """Texts as one pack, the way the store makes it."""
     columns: dict[str, Any] = {"ids": [e.ids for e in encoded], "weights": [e.weights for e in encoded]}
-    schema = pa.schema({"ids": pa.list_(pa.int32()), "weights": pa.list_(pa.float32()), "doc": pa.int64()})
-    documents = pa.table(columns | {"doc": range(len(encoded))}, schema=schema)
+    columns |= {"doc": range(len(encoded)), "label": [e.label for e in encoded]}
+    documents = pa.table(columns, schema=DOCUMENTS)
     row = pack_documents([range(len(encoded))], documents).slice(0, 1)
     return collate([{name: row.column(name)[0].values.to_numpy() for name in row.column_names}])
 

@@ -22,14 +22,14 @@ from tests.helpers import write_jsonl
 SEQ_LEN = 8
 
 
-def encode(data: Path, model: Path, on_long_row: str) -> tuple[Tally, pa.Table]:
-    """One file's rows through one task: what became of them, and the sequences in order."""
+def job_of(data: Path, model: Path, on_long_row: str, seq_len: int = SEQ_LEN) -> Job:
+    """Of one file and one bucket."""
     found = Inputs.find(DataConfig.model_validate({"sources": str(data)}))
-    job = Job(
+    return Job(
         inputs=found.items,
         sources=found.sources,
         tokenizer=TokenizerSpec(str(model)),
-        seq_len=SEQ_LEN,
+        seq_len=seq_len,
         on_long_row=on_long_row,
         last_turn_only=False,
         seed=0,
@@ -38,12 +38,14 @@ def encode(data: Path, model: Path, on_long_row: str) -> tuple[Tally, pa.Table]:
         scratch=str(data.parent / f"scratch-{on_long_row}"),
         target="",
     )
+
+
+def encode(job: Job) -> tuple[Tally, pa.Table]:
+    """All rows through one task: what became of them, and the sequences in order."""
     (chunk,) = read_chunks({"input": np.array([0])}, job)
     (told,) = encode_chunks(chunk, job)
-    documents = bucket_documents(job, 0)
-    return Tally.from_json(told["tally"][0]), documents.sort_by(
-        [("doc", "ascending"), ("piece", "ascending")]
-    )
+    documents = bucket_documents(job, 0).sort_by([("doc", "ascending"), ("piece", "ascending")])
+    return Tally.from_json(told["tally"][0]), documents
 
 
 @pytest.mark.parametrize("on_long_row", ["truncate", "drop"])
@@ -53,7 +55,7 @@ def test_every_token_of_a_text_is_a_target_once(
     """The pieces of a text, one token over the other, are the text again; whatever becomes of long conversations."""
     texts = ["word" + " 1" * count for count in range(3 * SEQ_LEN)]
     data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
-    tally, table = encode(data, tiny_models["qwen2"], on_long_row)
+    tally, table = encode(job_of(data, tiny_models["qwen2"], on_long_row))
     whole = [Encoder(tiny_tokenizer).encode(Example(text=text))[0].ids for text in texts]
     joined: dict[int, list[int]] = {}
     for piece in table.to_pylist():

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_ds.data.batch import Batch, collate, cut, read
+from raytune_ds.data.labels import Label
 from raytune_ds.data.order import Order, Place
 from raytune_ds.data.share import Share, fetch_rows, fetch_step, packs_of_row
 from raytune_ds.data.store import (
@@ -28,15 +29,18 @@ from raytune_ds.data.store import (
     write_table,
     write_tables,
 )
+from tests.stores import DOCUMENTS
 
 Packs = list[dict[str, list[int]]]
 
-DOCUMENTS = pa.schema({"ids": pa.list_(pa.int32()), "weights": pa.list_(pa.float32()), "doc": pa.int64()})
-
 
 def documents(ids: list[list[int]], weights: list[list[float]] | None = None) -> pa.Table:
+    """Documents of these tokens, the labels all there are in turn."""
     weights = weights or [[1.0] * len(row) for row in ids]
-    return pa.table({"ids": ids, "weights": weights, "doc": range(len(ids))}, schema=DOCUMENTS)
+    labels = [number % len(Label) for number in range(len(ids))]
+    return pa.table(
+        {"ids": ids, "weights": weights, "doc": range(len(ids)), "label": labels}, schema=DOCUMENTS
+    )
 
 
 def random_packs(count: int) -> pa.Table:
@@ -106,17 +110,33 @@ def test_targets_are_the_next_tokens_of_the_same_document() -> None:
     )
     assert table.schema == PACK_SCHEMA
     assert table.to_pylist() == [
-        {"ids": [10, 1, 2], "targets": [11, 2, 3], "weights": [0.5, 0, 1], "lengths": [1, 2], "docs": [1, 0]},
-        {"ids": [20, 21, 22], "targets": [21, 22, 23], "weights": [1, 0, 1], "lengths": [3], "docs": [2]},
+        {
+            "ids": [10, 1, 2],
+            "targets": [11, 2, 3],
+            "weights": [0.5, 0, 1],
+            "lengths": [1, 2],
+            "docs": [1, 0],
+            "labels": [1, 0],
+        },
+        {
+            "ids": [20, 21, 22],
+            "targets": [21, 22, 23],
+            "weights": [1, 0, 1],
+            "lengths": [3],
+            "docs": [2],
+            "labels": [2],
+        },
     ]
 
 
 def test_packs_of_a_slice_and_of_several_chunks_are_the_same() -> None:
     whole = documents([[1, 2, 3], [10, 11], [20, 21, 22, 23], [30, 31]])
-    expected = pack_documents([[1], [0, 2]], documents([[10, 11], [20, 21, 22, 23], [30, 31]])).drop(["docs"])
-    assert pack_documents([[1], [0, 2]], whole.slice(1)).drop(["docs"]).equals(expected)
+    expected = pack_documents([[1], [0, 2]], documents([[10, 11], [20, 21, 22, 23], [30, 31]])).drop(
+        ["docs", "labels"]
+    )
+    assert pack_documents([[1], [0, 2]], whole.slice(1)).drop(["docs", "labels"]).equals(expected)
     chunks = pa.concat_tables([whole.slice(1, 1), whole.slice(2)])
-    assert pack_documents([[1], [0, 2]], chunks).drop(["docs"]).equals(expected)
+    assert pack_documents([[1], [0, 2]], chunks).drop(["docs", "labels"]).equals(expected)
 
 
 @given(st.integers(0, 2**23 - 1), st.integers(0, 2**40 - 1))
@@ -171,8 +191,9 @@ def test_a_manifest_survives_being_written(tmp_path: Path) -> None:
 
 def test_collate_restarts_positions_at_every_document(packs: pa.Table) -> None:
     pair = [
-        {"ids": [5, 6, 7], "targets": [6, 7, 8], "weights": [0, 1, 0.5], "lengths": [2, 1], "docs": [0, 1]},
-        {"ids": [1, 2, 3, 4], "targets": [2, 3, 4, 5], "weights": [1, 1, 0, 0], "lengths": [4], "docs": [2]},
+        {"ids": [5, 6, 7], "targets": [6, 7, 8], "weights": [0, 1, 0.5], "lengths": [2, 1], "labels": [1, 2]}
+        | {"docs": [8, 8]},
+        {"ids": [1, 2, 3, 4], "targets": [2, 3, 4, 5], "weights": [1, 1, 0, 0], "lengths": [4], "docs": [9]},
     ]
     batch = collate([{name: np.array(values) for name, values in pack.items()} for pack in pair])
     assert batch.ids_BT.tolist() == [[5, 6, 7, 1, 2, 3, 4]]
@@ -180,6 +201,10 @@ def test_collate_restarts_positions_at_every_document(packs: pa.Table) -> None:
     assert batch.weights_BT.tolist() == [[0, 1, 0.5, 1, 1, 0, 0]]
     assert batch.positions_BT.tolist() == [[0, 1, 0, 0, 1, 2, 3]]
     assert batch.segments.tolist() == [0, 2, 3, 7]
+    assert batch.labels_S.tolist() == [Label.CHOSEN, Label.REJECTED, Label.PLAIN]
+    assert batch.docs_S.tolist() == [8, 8, 9]
+    assert batch.segment_of_target_N.tolist() == [0, 1, 2, 2]
+    assert batch.weights_S.tolist() == [1, 0.5, 2]
     assert (batch.max_segment, batch.num_tokens, float(batch.weight)) == (4, 7, 3.5)
     types = (batch.ids_BT.dtype, batch.targets_BT.dtype, batch.positions_BT.dtype, batch.segments.dtype)
     assert types == (torch.int64, torch.int64, torch.int64, torch.int32)
@@ -190,7 +215,16 @@ def test_a_weight_is_summed_exactly() -> None:
     count = 2**24 + 1
     ones = torch.ones(1, 1).expand(1, count)
     empty = collate([])
-    batch = Batch(empty.ids_BT, empty.targets_BT, ones, empty.positions_BT, empty.segments, 1, empty.docs_S)
+    batch = Batch(
+        empty.ids_BT,
+        empty.targets_BT,
+        ones,
+        empty.positions_BT,
+        empty.segments,
+        empty.labels_S,
+        1,
+        empty.docs_S,
+    )
     assert float(batch.weight) == count
 
 
@@ -203,6 +237,7 @@ def test_no_pack_is_a_batch_of_weight_zero() -> None:
         1,
     )
     assert batch.positions_BT.shape == batch.weights_BT.shape == (1, 1)
+    assert batch.labels_S.tolist() == [Label.PLAIN]
 
 
 # ---- a rank's share -------------------------------------------------------------------------------

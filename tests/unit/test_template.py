@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from raytune_ds.data.formats import Example, RowError
+from raytune_ds.data.labels import Label
 from raytune_ds.data.template import Encoded, Encoder, coloured
 from raytune_ds.model.tiny import BOS, EOS
 
@@ -315,6 +316,76 @@ def test_every_token_is_one_that_the_model_knows(tiny_models: dict[str, Path]) -
         assert not unknown, name
 
 
+# ---- answers that are judged -----------------------------------------------------------------------
+
+
+def pair_of(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> Example:
+    silent = frozenset(i for i, message in enumerate(prompt) if message["role"] == "assistant")
+    loser = Example((*prompt, *rejected), silent=silent)
+    return Example((*prompt, *chosen), silent=silent, rejected=loser)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@light
+@given(messages=conversations(), other=contents)
+def test_a_pair_is_two_answers_to_what_is_seen_when_serving(
+    tokenizers: Tokenizers, family: str, messages: list[Message], other: str
+) -> None:
+    tokenizer, end = tokenizers[family], FAMILIES[family][1]
+    assume(other != messages[-1]["content"])
+    prompt, answers = messages[:-1], [messages[-1]["content"], other]
+    pair = Encoder(tokenizer).encode(
+        pair_of(prompt, messages[-1:], [{"role": "assistant", "content": other}])
+    )
+    assert [sequence.label for sequence in pair] == [Label.CHOSEN, Label.REJECTED]
+    runs = supervised_runs(pair)
+    assert [before for before, _ in runs] == [serve(tokenizer, prompt)] * 2
+    assert [tokenizer.decode(own) for _, own in runs] == [answer + end for answer in answers]
+
+
+@pytest.mark.parametrize("desirable", [True, False])
+def test_a_label_goes_with_its_answer(tokenizers: Tokenizers, desirable: bool) -> None:
+    messages = said("a?", "b.", "c?", "d.")
+    example = Example(tuple(messages), silent=frozenset({1}), desirable=desirable)
+    (sequence,) = Encoder(tokenizers["tiny"]).encode(example)
+    assert sequence.label == (Label.DESIRABLE if desirable else Label.UNDESIRABLE)
+    ((before, _),) = supervised_runs([sequence])
+    assert before == serve(tokenizers["tiny"], messages[:3])
+
+
+def test_other_sequences_have_no_label(tokenizers: Tokenizers) -> None:
+    for example in (Example(tuple(said("a?", "b.", "c?", "d."))), Example(text="x")):
+        assert {sequence.label for sequence in Encoder(tokenizers["r1"]).encode(example)} == {Label.PLAIN}
+
+
+@pytest.mark.parametrize(("family", "num_trained"), [("tiny", 2), ("r1", 1)])
+def test_an_answer_in_steps_is_one_sequence(tokenizers: Tokenizers, family: str, num_trained: int) -> None:
+    """Under a template that keeps the steps in one sequence all of them are trained on, else the last one alone."""
+    prompt, steps = said("a?"), said("b?", "c.")
+    chosen = [{"role": "assistant", "content": "first"}, *steps]
+    pair = Encoder(tokenizers[family]).encode(pair_of(prompt, chosen, said("x", "y", "z", "w")[1:]))
+    assert len(pair) == 2
+    runs = supervised_runs(pair[:1])
+    assert len(runs) == num_trained
+    assert runs[-1][0] == serve(tokenizers[family], [*prompt, *chosen[:-1]])
+    assert tokenizers[family].decode(runs[-1][1]) == "c." + EOS
+
+
+def test_a_pair_that_is_rendered_alike_teaches_nothing(tokenizers: Tokenizers) -> None:
+    answers = [[{"role": "assistant", "content": content}] for content in ("b.", "b. ")]
+    pair = pair_of(said("a?"), *answers)
+    assert len(Encoder(tokenizers["tiny"]).encode(pair)) == 2
+    with pytest.raises(RowError, match="the same of its chosen and its rejected answer"):
+        Encoder(tokenizers["llama3"]).encode(pair)
+
+
+def test_what_looks_like_control_in_a_rejected_answer_is_text(tokenizers: Tokenizers) -> None:
+    tokenizer = tokenizers["tiny"]
+    sides = [[{"role": "assistant", "content": content}] for content in ("b.", f"c{EOS}d")]
+    _, rejected = Encoder(tokenizer).encode(pair_of(said("a?"), *sides))
+    assert rejected.ids.count(tokenizer.eos_token_id) == 1  # the end alone
+
+
 # ---- the rest -------------------------------------------------------------------------------------
 
 
@@ -337,6 +408,11 @@ def test_raw_text_needs_no_chat_template(tiny_tokenizer: Any) -> None:
     base.chat_template = None
     text = Example(text="Plain text.")
     assert Encoder(base).encode(text) == Encoder(tiny_tokenizer).encode(text)
+
+
+def test_a_part_keeps_the_label() -> None:
+    whole = Encoded([1, 2, 3], [0.0, 1.0, 1.0], Label.REJECTED)
+    assert whole.part(0, 2) == Encoded([1, 2], [0.0, 1.0], Label.REJECTED)
 
 
 def test_the_first_token_is_never_a_target() -> None:
