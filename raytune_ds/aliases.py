@@ -28,6 +28,10 @@ _CALLED = {
     "objective.kind": "loss_type",
     "data.sources": "data_files data_path dataset dataset_name dataset_path datasets train_data train_file",
     "data.sources.0.format": "dataset_format",
+    "data.sources.0.weight": "interleave_probs mix_probs probability probabilities proportion weights",
+    "data.sources.0.max_rows": "max_samples max_train_samples num_samples",
+    "data.sources.0.subset": "config_name dataset_config dataset_config_name",
+    "data.sources.0.split": "dataset_split",
     "data.eval.sources": "eval_dataset validation_file",
     "data.eval.fraction": "eval_fraction test_size val_set_size val_size validation_split",
     "data.seq_len": (

@@ -143,7 +143,8 @@ class Inputs:
 def _refusal(objective: str, refused: list[Input]) -> str:
     """That the objective does not take these files, and what to do."""
     named = dict.fromkeys(
-        f"data.{'eval.' * item.held_out}sources: {item.source.path} has {_JUDGED.get(item.format, f'{item.format} rows')}"
+        f"data.{'eval.' * item.held_out}sources: {item.source.path} has "
+        + _JUDGED.get(item.format, f"{item.format} rows")
         for item in refused
     )
     lines = [

@@ -37,6 +37,8 @@ from raytune_ds.errors import UserError
 
 SHOWN_BAD_ROWS = 5
 _MIB = 1 << 20
+# Small enough that all CPUs have work; of much data large enough that there are not too many files.
+_LEAST_CHUNK = _MIB // 4
 _CHUNKS = 1024
 
 
@@ -83,8 +85,7 @@ def _job(config: Config, inputs: Inputs, tokenizer: TokenizerSpec, target: str, 
         last_turn_only=config.data.supervise == "last-turn",
         seed=config.run.seed,
         num_buckets=max(1, inputs.text_bytes // memory),
-        # Small enough that all CPUs have work; of much data large enough that there are not too many files.
-        chunk_chars=max(_MIB, min(memory // 2, inputs.text_bytes // _CHUNKS)),
+        chunk_chars=max(_LEAST_CHUNK, min(memory // 2, inputs.text_bytes // _CHUNKS)),
         scratch=scratch,
         target=target,
     )
