@@ -47,8 +47,10 @@ _ROLES = {
     "function": "tool",
     "function_response": "tool",
 }
-# what a message may carry beside role, content and tool_calls; templates know these
-_EXTRAS = ("name", "tool_call_id", "reasoning_content")
+# what a message may carry beside role, content and tool_calls, and what templates call it; the last one wins
+_EXTRAS = {"name": "name", "tool_call_id": "tool_call_id"} | dict.fromkeys(
+    ("reasoning", "thinking", "reasoning_content"), "reasoning_content"
+)
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,9 @@ def _turn(item: Message, where: str) -> _Turn:
     message: Message = {"role": role, "content": _string(content, f"the content of {where}")}
     if calls:
         message["tool_calls"] = calls
-    extras = {key: _string(item[key], f"'{key}' of {where}") for key in _EXTRAS if item.get(key)}
+    extras = {
+        name: _string(item[key], f"'{key}' of {where}") for key, name in _EXTRAS.items() if item.get(key)
+    }
     return _Turn(where, message | extras, _is_trained(item, role, where))
 
 

@@ -63,6 +63,7 @@ def prepare(config: Config, inputs: Inputs, tokenizer: TokenizerSpec, path: str)
         seq_len=config.data.seq_len,
         on_long_row=config.data.on_long_row,
         last_turn_only=config.data.supervise == "last-turn",
+        thinking=config.data.thinking,
         seed=config.run.seed,
         eval_fraction=config.data.eval.fraction,
         num_buckets=max(1, inputs.text_bytes // (config.data.prepare_memory_mib * _MIB)),
@@ -108,6 +109,7 @@ def _run(job: Job, config: Config, fingerprint: str) -> Manifest:
         num_dropped_long=tally.num_dropped_long,
         num_split=tally.num_split,
         length_histogram=dict(tally.lengths),
+        reasoning=dict(sorted(tally.turns.items())),
         seconds=round(time.monotonic() - started, 3),
         peak_memory_mib=round(tally.peak_memory_mib, 1),
     )

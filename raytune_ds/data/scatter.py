@@ -23,6 +23,7 @@ from raytune_ds.data.inputs import Input, where
 from raytune_ds.data.readers import Row, read_rows
 from raytune_ds.data.store import doc_id, write_table
 from raytune_ds.data.template import Encoded, Encoder
+from raytune_ds.data.thinking import Thinking
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 
 BLOCK_CHARS = 1 << 20
@@ -50,6 +51,7 @@ class Job:
     seq_len: int
     on_long_row: str
     last_turn_only: bool
+    thinking: Thinking
     seed: int
     eval_fraction: float
     num_buckets: int
@@ -69,6 +71,7 @@ class Tally:
     num_docs: int = 0
     lowest_eval_key: int = (1 << 64) - 1
     lengths: Counter[str] = field(default_factory=Counter)
+    turns: Counter[str] = field(default_factory=Counter)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     peak_memory_mib: float = 0.0
 
@@ -82,6 +85,7 @@ class Tally:
         self.num_docs += other.num_docs
         self.lowest_eval_key = min(self.lowest_eval_key, other.lowest_eval_key)
         self.lengths.update(other.lengths)
+        self.turns.update(other.turns)
         self.peak_memory_mib = max(self.peak_memory_mib, other.peak_memory_mib)
 
 
@@ -115,7 +119,7 @@ def _row_columns(block: list[tuple[int, int, int, str, str, bool]]) -> dict[str,
 
 def encode_block(block: pa.Table, job: Job) -> dict[str, list[Tally]]:
     """Encodes one block of rows, writes its sequences to the buckets, and tells what became of them."""
-    encoder = Encoder(load_tokenizer(job.tokenizer), job.last_turn_only)
+    encoder = Encoder(load_tokenizer(job.tokenizer), job.last_turn_only, job.thinking)
     tally = Tally()
     documents: dict[str, list[Any]] = {name: [] for name in DOCUMENT_SCHEMA.names}
     columns = (block.column(name) for name in ("file", "index", "line", "json", "error", "fatal"))
@@ -157,6 +161,7 @@ def encode_block(block: pa.Table, job: Job) -> dict[str, list[Tally]]:
             for name, value in zip(DOCUMENT_SCHEMA.names, record, strict=True):
                 documents[name].append(value)
     tally.num_docs = len(documents["key"])
+    tally.turns = encoder.turns
     if documents["key"]:
         first = f"{block.column('file')[0].as_py():06d}-{block.column('index')[0].as_py():012d}"
         _write_buckets(pa.table(documents, schema=DOCUMENT_SCHEMA), job, first)

@@ -10,6 +10,7 @@ from raytune_ds.console import human_count, out, say, table
 from raytune_ds.data.order import Place
 from raytune_ds.data.store import Manifest, Split, Store, file_and_row
 from raytune_ds.data.template import Encoded, coloured, marked
+from raytune_ds.data.thinking import NONE
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 
 BAR = 40
@@ -26,10 +27,16 @@ def show(store: Store, tokenizer: TokenizerSpec, num_examples: int) -> None:
         [_split_row(name, store.split(name), manifest.seq_len) for name in ("train", "eval")],
     )
     say(", ".join(_fates(manifest)))
+    if set(manifest.reasoning) - {NONE}:
+        say(f"answers: {_counted(manifest.reasoning)}")
     for reason, count in manifest.rejected_reasons.items():
         say(f"  {count:,} x {reason}")
     _histogram({int(k): v for k, v in manifest.length_histogram.items()}, manifest.num_split > 0)
     _examples(store, tokenizer, num_examples)
+
+
+def _counted(answers: dict[str, int]) -> str:
+    return "; ".join(f"{count:,} {fate}" for fate, count in answers.items())
 
 
 def _fates(manifest: Manifest) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -91,6 +91,7 @@ class Manifest:
     seconds: float
     peak_memory_mib: float
     num_split: int = 0
+    reasoning: dict[str, int] = field(default_factory=dict)
     row_group: int = ROW_GROUP
     version: int = VERSION
 

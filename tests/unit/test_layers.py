@@ -25,7 +25,8 @@ ROOMS = """
     demo.data data.formats data.sources data.readers_lines data.readers_json data.readers data.order data.packing
     data.batchid data.store data.share data.tokenizer data.inputs data.rows
     data.prepared
-    data.literal data.template data.scatter data.buckets data.batch data.stream data.prepare data.show
+    data.literal data.thinking data.chat data.template data.scatter data.buckets data.batch data.stream data.prepare
+    data.show
     world rundir lease watch downtime stacks
     model.tiny model.attention model.packed model.weights model.load model.adapters model.build model.flops
     schedule guard

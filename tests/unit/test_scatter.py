@@ -30,6 +30,7 @@ def encode(data: Path, model: Path, on_long_row: str) -> tuple[Tally, pa.Table]:
         seq_len=SEQ_LEN,
         on_long_row=on_long_row,
         last_turn_only=False,
+        thinking="auto",
         seed=0,
         eval_fraction=0.0,
         num_buckets=1,
