@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -18,22 +18,11 @@ from raytune_ds.data.formats import Message, RowError
 
 _ASKED: Message = {"role": "user", "content": "u"}
 _ARGUMENTS = {"argument": "value"}
-_CALL = {"type": "function", "function": {"name": "called", "arguments": _ARGUMENTS}}
-
-
-class _CallForm(NamedTuple):
-    """How a template takes a tool call. Some write the arguments as they get them, or look for a content of null."""
-
-    json_arguments: bool
-    null_content: bool
-
-    def of(self, message: Message) -> Message:
-        """The message in this form."""
-        content = message.get("content") or (None if self.null_content else "")
-        calls = message["tool_calls"]
-        if self.json_arguments:
-            calls = [{**call, "function": _with_json(call["function"])} for call in calls]
-        return {**message, "content": content, "tool_calls": calls}
+_CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "called", "arguments": _ARGUMENTS}}],
+}
 
 
 class ChatTemplate:
@@ -55,7 +44,7 @@ class ChatTemplate:
         Raises:
             RowError: the template refuses it (roles that do not alternate, a role it does not know ...).
         """
-        formed = [self._call_form.of(m) if m.get("tool_calls") else m for m in messages]
+        formed = [_with_json(m) if m.get("tool_calls") and self._wants_json else m for m in messages]
         try:
             return self._applied(formed, tools, generate, thinking)
         except (TemplateError, TypeError, ValueError) as error:
@@ -82,17 +71,16 @@ class ChatTemplate:
         return on != off
 
     @cached_property
-    def _call_form(self) -> _CallForm:
-        forms = [_CallForm(text, null) for text in (False, True) for null in (False, True)]
-        return next((form for form in forms if self._shows_a_call(form)), forms[0])
+    def _wants_json(self) -> bool:
+        """Whether it writes the arguments of a call as it gets them, so that they have to come as JSON already."""
+        return not self._shows(_CALL) and self._shows(_with_json(_CALL))
 
-    def _shows_a_call(self, form: _CallForm) -> bool:
-        call = form.of({"role": "assistant", "content": "", "tool_calls": [_CALL]})
+    def _shows(self, call: Message) -> bool:
         try:
             text = self._applied([_ASKED, call], (), False, None)
         except (TemplateError, TypeError, ValueError):
             return False
-        return all(part in text for part in ("called", *_ARGUMENTS)) and str(_ARGUMENTS) not in text
+        return all(name in text for name in ("called", *_ARGUMENTS)) and str(_ARGUMENTS) not in text
 
     def _applied(
         self, messages: list[Message], tools: Sequence[dict[str, Any]], generate: bool, thinking: bool | None
@@ -116,5 +104,9 @@ class ChatTemplate:
         )
 
 
-def _with_json(function: dict[str, Any]) -> dict[str, Any]:
-    return {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+def _with_json(message: Message) -> Message:
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": calls}
