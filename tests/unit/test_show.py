@@ -10,12 +10,20 @@ import pytest
 
 from raytune_ds.data.show import TEXT_ENDS, show
 from raytune_ds.data.store import Manifest, Split, Store, doc_id, pack_documents, write_table
+from raytune_ds.data.thinking import KEPT, NONE
 from raytune_ds.data.tokenizer import TokenizerSpec
 
 SEQ_LEN = 400
 
 
-def shown(folder: Path, model: Path, ids: list[int], format: str, capsys: pytest.CaptureFixture[str]) -> str:
+def shown(
+    folder: Path,
+    model: Path,
+    ids: list[int],
+    format: str,
+    capsys: pytest.CaptureFixture[str],
+    reasoning: dict[str, int] | None = None,
+) -> str:
     """The output for a store of one document, which the first two tokens of are context."""
     columns: dict[str, Any] = {
         "ids": [ids],
@@ -42,6 +50,7 @@ def shown(folder: Path, model: Path, ids: list[int], format: str, capsys: pytest
         seconds=1.0,
         peak_memory_mib=1.0,
         num_split=5 if format == "text" else 0,
+        reasoning=reasoning or {},
     )
     show(Store(str(folder), manifest), TokenizerSpec(str(model)), 1)
     return capsys.readouterr().out
@@ -81,3 +90,13 @@ def test_a_conversation_is_shown_whole(
     assert f"truncated to {SEQ_LEN} tokens 3 (15.0%), dropped as too long 0 (0.0%)" in told
     assert "split" not in told.partition("examples")[0].replace("split ", "", 1)
     assert told.splitlines()[-1] == "77«" + "7" * 298 + "»"
+
+
+def test_what_became_of_reasoning_is_told_where_there_is_any(
+    tmp_path: Path, tiny_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = {KEPT: 1200, NONE: 300}
+    told = shown(tmp_path, tiny_models["qwen2"], [5, 6, 7], "messages", capsys, counts)
+    assert "answers: 1,200 with reasoning; 300 without reasoning" in told.splitlines()
+    told = shown(tmp_path, tiny_models["qwen2"], [5, 6, 7], "messages", capsys, {NONE: 300})
+    assert "answers:" not in told
