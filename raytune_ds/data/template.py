@@ -149,7 +149,7 @@ class Encoder:
         """
         opened, bare = opener(prompt.text), part(message).bare
         finished = self._finished(prompt, message)
-        rendered, end = self._template.up_to_end(_behind(prompt.text, finished))
+        rendered, end = self._said(prompt.text, finished)
         if _holds(rendered, bare, reasoning, opened):
             return rendered
         if not opened and not reasoning:
@@ -157,7 +157,7 @@ class Encoder:
         # What the template makes of the answer alone, behind all of the prompt but the `<think>` it ends with.
         if bare is not message:
             finished = self._finished(prompt, bare)
-        rendered, end = self._template.up_to_end(_behind(prompt.text.removesuffix(opened), finished))
+        rendered, end = self._said(prompt.text.removesuffix(opened), finished)
         alone = (text for text in (without_empty(rendered), rendered) if _holds(text, bare))
         return written(reasoning, opened) + (next(alone, None) or _plain(bare) + end).lstrip()
 
@@ -165,6 +165,12 @@ class Encoder:
         return self._template.render(
             [*prompt.messages, message], prompt.tools, generate=False, thinking=prompt.switch
         )
+
+    def _said(self, prompt: str, finished: str) -> tuple[str, str]:
+        """What a finished conversation has behind `prompt`, nothing if it does not begin so, and its end token."""
+        behind = finished[len(prompt) :] if finished.startswith(prompt) else ""
+        rendered, end = self._template.up_to_end(behind or finished)
+        return rendered if behind else "", end
 
 
 class _Prompt(NamedTuple):
@@ -184,18 +190,19 @@ class _Turn(NamedTuple):
     fate: str
 
 
-def _behind(prompt: str, finished: str) -> str:
-    return finished[len(prompt) :] if finished.startswith(prompt) else ""
-
-
 def _holds(rendered: str, bare: Message, reasoning: str = "", opened: str = "") -> bool:
     """Whether a rendered turn has its reasoning, the end of what the prompt has opened, and its answer, in this order.
 
     Beside a tool call templates may leave a content out; it could not be told when serving either.
     """
-    names = _called(bare)
+    content, names = (bare.get("content") or "").strip(), _called(bare)
     _, found, rest = rendered.partition(reasoning) if reasoning else ("", "found", rendered)
-    at = min(map(rest.find, names)) if names else rest.find((bare.get("content") or "").strip())
+    if names:
+        talk = content if content in rest else ""
+        called = all(rest.count(name) > talk.count(name) for name in names)
+        at = min(map(rest.find, names)) if called else -1
+    else:
+        at = rest.find(content)
     return bool(rendered and found) and at >= 0 and (not opened or CLOSE in rest[:at])
 
 

@@ -225,6 +225,24 @@ def test_a_call_that_the_template_would_lose_is_not_trained_as_silence(
         Encoder(tokenizers[family]).encode(Example((*said("Weather?"), call()), tuple(TOOLS)))
 
 
+def test_talk_of_a_call_is_not_taken_for_it(tokenizers: Tokenizers) -> None:
+    """R1's template shows a call only where nothing else is said."""
+    talk = call("I'll ask weather.")
+    with pytest.raises(RowError, match="leaves out its tool call"):
+        Encoder(tokenizers["r1"]).encode(Example((*said("Weather?"), talk), tuple(TOOLS)))
+    (sequence,) = Encoder(tokenizers["v3"]).encode(Example((*said("Weather?"), talk), tuple(TOOLS)))
+    assert "I'll ask weather.<｜tool▁calls▁begin｜>" in tokenizers["v3"].decode(sequence.ids)
+
+
+def test_the_end_token_is_the_templates_own_where_the_rest_is_written_here(tokenizers: Tokenizers) -> None:
+    """A template that does not begin a finished turn as it prompts for it."""
+    tokenizer = copy.deepcopy(tokenizers["llama3"])
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "header('assistant') if add_gen", "header('assistant') + '!' if add_gen"
+    )
+    check_contract(tokenizer, "<|eot_id|>", said("a?", "b."), ["b."])
+
+
 def test_every_token_is_one_that_the_model_knows(tiny_models: dict[str, Path]) -> None:
     for name, folder in tiny_models.items():
         vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
