@@ -15,7 +15,9 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     data/labels                        what a document is to an objective that judges answers
     data/packing, store                token sequences to packs; packs to Parquet shards and back
     data/tokenizer, inputs             tokenizers; which files a run reads
-    data/literal, template             text that must not become a control token; `Example` to ids and loss weights
+    data/literal, thinking, chat       text that must not become a control token; the reasoning of an answer; the chat
+                                       template as servers use it
+    data/template                      `Example` to ids and loss weights
     data/batchid, rows, prepared       a batch's fingerprint; the rows it was made of; what tells stores apart
     data/scatter, buckets, prepare (R) the Ray Data job: rows, scattered over buckets, packed
     data/share, batch, stream (R)      what a rank reads of a global batch, as `Batch`es, read ahead

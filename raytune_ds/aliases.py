@@ -39,6 +39,7 @@ _CALLED = {
         "sequence_len sequence_length"
     ),
     "data.supervise": "assistant_only_loss completion_only_loss mask_history train_on_inputs",
+    "data.thinking": "enable_thinking reasoning think_mode",
     "data.chat_template": "template",
     "train.num_train_epochs": "epochs max_epochs num_epochs",
     "train.max_steps": "max_train_steps num_steps total_steps",

@@ -292,6 +292,13 @@ class DataConfig(Section):
         description="Which answers of a conversation are trained on. all-turns: each, in its own context; last-turn: "
         "the last one, with all before it as context. Messages with 'weight': 0 or 'train': false never are.",
     )
+    thinking: Literal["keep", "drop", "auto"] = Field(
+        default="auto",
+        description="What to do with the reasoning of answers: <think>...</think> at the beginning of a content, or "
+        "'reasoning_content'. keep: train on it, every answer in thinking mode; drop: leave it out, every answer in "
+        "non-thinking mode; auto: an answer with reasoning in thinking mode, one without in non-thinking mode, if the "
+        "chat template has a switch, so that the model learns of both modes what the data have.",
+    )
     on_bad_row: Literal["fail", "skip"] = Field(
         default="fail",
         description="What to do with a row that cannot be read. fail: stop and name file and row, "

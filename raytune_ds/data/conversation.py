@@ -34,8 +34,10 @@ _ROLES = {
     "function": "tool",
     "function_response": "tool",
 }
-# what a message may carry beside role, content and tool_calls; templates know these
-_EXTRAS = ("name", "tool_call_id", "reasoning_content")
+# what a message may carry beside role, content and tool_calls, and what templates call it; the last one wins
+_EXTRAS = {"name": "name", "tool_call_id": "tool_call_id"} | dict.fromkeys(
+    ("reasoning", "thinking", "reasoning_content"), "reasoning_content"
+)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ def turn_of(item: Message, where: str) -> Turn:
     message: Message = {"role": role, "content": as_string(content, f"the content of {where}")}
     if calls:
         message["tool_calls"] = calls
-    extras = {key: as_string(item[key], f"'{key}' of {where}") for key in _EXTRAS if item.get(key)}
+    extras = {
+        name: as_string(item[key], f"'{key}' of {where}") for key, name in _EXTRAS.items() if item.get(key)
+    }
     return Turn(where, message | extras, _is_trained(item, role, where))
 
 

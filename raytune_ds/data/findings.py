@@ -48,7 +48,8 @@ KINDS: Mapping[str, Kind] = {
     ),
     "reasoning-lost": Kind(
         "lose their reasoning on the way",
-        "The chat template drops it: set data.chat_template to one that keeps it.",
+        "The chat template drops it, or closes it in the prompt. If it is meant to go, set data.thinking=drop; if not,"
+        " set data.thinking=keep, or data.chat_template to one that opens it.",
         grave=True,
     ),
     "reasoning-unbalanced": Kind(

@@ -10,9 +10,9 @@ from ftfy.badness import is_bad
 from raytune_ds.data.formats import Example, Message
 from raytune_ds.data.sketch import code_points, script_of
 from raytune_ds.data.template import Encoded, Encoder
+from raytune_ds.data.thinking import CLOSE, OPEN, part
 
 REPLACEMENT = "\ufffd"
-_OPEN, _CLOSE = "<think>", "</think>"
 
 
 def told(example: Example) -> str:
@@ -74,14 +74,16 @@ class Inspector:
     def _of_answers(self, example: Example, answers: list[list[int]]) -> Iterator[str]:
         messages = [m for m in example.messages if m["role"] == "assistant"]
         contents = [str(m.get("content") or "") for m in messages]
-        if any(content.count(_OPEN) != content.count(_CLOSE) for content in contents):
+        if any(content.count(OPEN) != content.count(CLOSE) for content in contents):
             yield "reasoning-unbalanced"
         decoded = (self._tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in answers)
         supervised = "".join(map(str, decoded))
         trained = self._encoder.trained_messages(example)
-        if any(_answer(message) not in supervised for message in trained):
+        if any(
+            not m.get("tool_calls") and part(m).bare["content"].strip() not in supervised for m in trained
+        ):
             yield "answer-changed"
-        if any(_reasoning(message) not in supervised for message in trained):
+        if self._encoder.thinking != "drop" and any(part(m).reasoning not in supervised for m in trained):
             yield "reasoning-lost"
 
 
@@ -95,12 +97,3 @@ def _runs(sequence: Encoded) -> Iterator[list[int]]:
 
 def _contents(messages: Sequence[Message], role: str) -> list[str]:
     return [str(m.get("content") or "") for m in messages if m["role"] == role]
-
-
-def _answer(message: Message) -> str:
-    return str(message.get("content") or "").rpartition(_CLOSE)[2].strip()
-
-
-def _reasoning(message: Message) -> str:
-    inline = str(message.get("content") or "").rpartition(_CLOSE)[0].removeprefix(_OPEN)
-    return (inline or str(message.get("reasoning_content") or "")).strip()

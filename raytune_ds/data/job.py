@@ -10,6 +10,7 @@ from typing import Any
 from raytune_ds.data.inputs import Input
 from raytune_ds.data.mixture import Source
 from raytune_ds.data.sightings import Sightings
+from raytune_ds.data.thinking import Thinking
 from raytune_ds.data.tokenizer import TokenizerSpec
 
 NEVER = (1 << 64) - 1
@@ -22,7 +23,7 @@ class Job:
     Attributes:
         inputs, sources: of the run.
         tokenizer: of the model.
-        seq_len, on_long_row, last_turn_only: of the config's data section.
+        seq_len, on_long_row, last_turn_only, thinking: of the config's data section.
         seed: of the shuffle and of what is held out.
         num_buckets: that rows are scattered over.
         chunk_chars: text of the rows of a chunk, in characters: what one task encodes, and what a crash may cost.
@@ -36,6 +37,7 @@ class Job:
     seq_len: int
     on_long_row: str
     last_turn_only: bool
+    thinking: Thinking
     seed: int
     num_buckets: int
     chunk_chars: int
@@ -61,6 +63,7 @@ class Tally:
         lowest_eval_key: by source; NEVER where it has no row yet.
         lengths: rows by the upper end of their bin of tokens, a power of two.
         sightings: what is odd about rows.
+        turns: answers by what became of their reasoning; see thinking.
         rejected: the bad rows: file, row, line, reason, fatal, where.
         peak_memory_mib: of the task.
     """
@@ -74,6 +77,7 @@ class Tally:
     lowest_eval_key: dict[int, int] = field(default_factory=dict)
     lengths: Counter[str] = field(default_factory=Counter)
     sightings: Sightings = field(default_factory=Sightings)
+    turns: Counter[str] = field(default_factory=Counter)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     peak_memory_mib: float = 0.0
 
@@ -89,6 +93,7 @@ class Tally:
             self.note_eval_key(source, key)
         self.lengths.update(other.lengths)
         self.sightings.add(other.sightings)
+        self.turns.update(other.turns)
         self.rejected += other.rejected
         self.peak_memory_mib = max(self.peak_memory_mib, other.peak_memory_mib)
 
@@ -105,6 +110,7 @@ class Tally:
         """The way back from `to_json`."""
         values = json.loads(text)
         values["lowest_eval_key"] = {int(s): key for s, key in values["lowest_eval_key"].items()}
-        values["lengths"] = Counter(values["lengths"])
+        for name in ("lengths", "turns"):
+            values[name] = Counter(values[name])
         values["sightings"] = Sightings(**values["sightings"])
         return Tally(**values)

@@ -99,6 +99,7 @@ def _encode_chunk(chunk: dict[str, Any], job: Job) -> Tally:
             work.take(index, json.loads(text))
         except RowError as problem:
             work.reject(Row(index, line or None, None, str(problem), fatal))
+    work.tally.turns = work.encoder.turns
     work.tally.peak_memory_mib = memory_mib()
     marks_table = pa.table(work.marks, schema=MARK_SCHEMA)
     chunks.write_chunk(job, chunk["name"], work.documents, marks_table, work.tally)
@@ -110,7 +111,7 @@ class _Work:
 
     def __init__(self, job: Job, file: int) -> None:
         self.job, self.file, self.input = job, file, job.inputs[file]
-        self.encoder = Encoder(load_tokenizer(job.tokenizer), job.last_turn_only)
+        self.encoder = Encoder(load_tokenizer(job.tokenizer), job.last_turn_only, job.thinking)
         self.inspector = Inspector(self.encoder)
         self.tally = Tally()
         self.documents: dict[str, list[Any]] = {name: [] for name in DOCUMENT_SCHEMA.names}

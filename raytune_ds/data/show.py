@@ -13,6 +13,7 @@ from raytune_ds.data.labels import Label, units
 from raytune_ds.data.order import Place
 from raytune_ds.data.store import Manifest, Split, Store, file_and_row
 from raytune_ds.data.template import Encoded, coloured, marked
+from raytune_ds.data.thinking import NONE
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 
 BAR = 40
@@ -30,6 +31,8 @@ def show(store: Store, tokenizer: TokenizerSpec, num_examples: int) -> None:
     )
     _mixture(manifest)
     say(", ".join(_fates(manifest)))
+    if set(manifest.reasoning) - {NONE}:
+        say(f"answers: {_counted(manifest.reasoning)}")
     for reason, count in manifest.rejected_reasons.items():
         say(f"  {count:,} x {reason}")
     _histogram({int(k): v for k, v in manifest.length_histogram.items()}, manifest.num_split > 0)
@@ -68,6 +71,10 @@ def _findings(store: Store) -> None:
         first, *rest = described(finding, store)
         say(f"  {'stops training: ' * finding.stops}{first}", style="red" if finding.stops else "yellow")
         say("\n".join(f"  {line}" for line in rest), style="dim")
+
+
+def _counted(answers: dict[str, int]) -> str:
+    return "; ".join(f"{count:,} {fate}" for fate, count in answers.items())
 
 
 def _fates(manifest: Manifest) -> list[str]:

@@ -115,6 +115,7 @@ class Manifest:
     sources: tuple[str, ...] = ()
     file_sources: tuple[int, ...] = ()
     findings: tuple[Finding, ...] = ()
+    reasoning: dict[str, int] = field(default_factory=dict)
     row_group: int = ROW_GROUP
     version: int = VERSION
 

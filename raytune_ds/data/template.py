@@ -1,7 +1,8 @@
 """One `Example` to token ids and loss weights, together, in one pass.
 
 The contract: what stands before a supervised turn is, token for token, what the model will see when served, that is
-`apply_chat_template(messages before it, add_generation_prompt=True)`; supervised are the turn itself and its end token.
+`apply_chat_template(messages before it, add_generation_prompt=True)`, with the template's switch of thinking where it
+has one; supervised are the turn itself and its end token, its reasoning as the prompt wants it (`thinking`).
 Where the template keeps that property over a conversation its turns share one sequence. Where it does not (R1's drops
 the reasoning of earlier turns and opens `<think>` itself) a new sequence starts. Which of the two holds is found by
 comparing token ids, never by the model's name. What looks like a control token in a content is text (`literal`).
@@ -13,22 +14,34 @@ R1's), the last sequence stands for the answer, and its earlier steps are not tr
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from raytune_ds.data.formats import Example, RowError
+from raytune_ds.data.chat import ChatTemplate
+from raytune_ds.data.formats import Example, Message, RowError
 from raytune_ds.data.labels import Label
 from raytune_ds.data.literal import Literals
-
-_OPENED_THINKING = re.compile(r"<think>\s*\Z")
+from raytune_ds.data.thinking import (
+    BARRED,
+    CLOSE,
+    DROPPED,
+    ENDED,
+    KEPT,
+    NONE,
+    Thinking,
+    begins_empty,
+    has_closed,
+    opener,
+    part,
+    without_empty,
+    written,
+)
 
 
 @dataclass
@@ -52,10 +65,20 @@ class Encoded:
 class Encoder:
     """Renders and tokenizes examples for one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, last_turn_only: bool = False) -> None:
-        """`tokenizer` carries the chat template; with `last_turn_only` earlier answers are context."""
-        self.tokenizer, self._last_turn_only = tokenizer, last_turn_only
-        self.literals = Literals(tokenizer)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        last_turn_only: bool = False,
+        thinking: Thinking = "auto",
+    ) -> None:
+        """`tokenizer` carries the chat template; with `last_turn_only` earlier answers are context.
+
+        `thinking` is what data.thinking says: keep, drop or auto.
+        """
+        self.tokenizer, self.thinking, self._last_turn_only = tokenizer, thinking, last_turn_only
+        self.literals, self._template = Literals(tokenizer), ChatTemplate(tokenizer)
+        self.turns: Counter[str] = Counter()
+        """Answers of the conversations encoded so far, by what became of their reasoning (`thinking`)."""
 
     def encode(self, example: Example) -> list[Encoded]:
         """All training sequences of one example; of a pair they are two, the chosen one and the rejected one.
@@ -82,7 +105,9 @@ class Encoder:
 
     def _sequences(self, example: Example) -> list[Encoded]:
         sequences: list[Encoded] = []
-        for context, answer in self._turns(self.literals.guarded(example)):
+        fates: list[str] = []
+        for context, answer, fate in self._turns(self.literals.guarded(example)):
+            fates.append(fate)
             context_ids, answer_ids = self.literals.ids(context), self.literals.ids(answer)
             last = sequences[-1] if sequences else None
             if last is not None and context_ids[: len(last.ids)] == last.ids:
@@ -92,6 +117,7 @@ class Encoder:
             else:
                 weights = [0.0] * len(context_ids) + [1.0] * len(answer_ids)
                 sequences.append(Encoded(context_ids + answer_ids, weights))
+        self.turns.update(fates)
         return sequences
 
     def _encode_text(self, text: str) -> Encoded:
@@ -108,7 +134,7 @@ class Encoder:
             ids.append(eos)
         return Encoded(ids, [1.0] * len(ids))
 
-    def trained_messages(self, example: Example) -> list[dict[str, Any]]:
+    def trained_messages(self, example: Example) -> list[Message]:
         """The assistant's messages that are trained on."""
         return [example.messages[position] for position in self._trained(example)]
 
@@ -117,61 +143,117 @@ class Encoder:
         trained = [i for i in answers if i not in example.silent]
         return trained[-1:] if self._last_turn_only else trained
 
-    def _turns(self, example: Example) -> Iterator[tuple[str, str]]:
-        """(what is seen when serving, what is to be answered) of each turn that is trained on."""
+    def _turns(self, example: Example) -> Iterator[_Turn]:
+        """Each turn that is trained on."""
+        messages = list(example.messages)
+        if self.thinking == "drop":
+            messages = [part(m).bare if m["role"] == "assistant" else m for m in messages]
         for position in self._trained(example):
-            context = self.render(example.messages[:position], example.tools, generate=True)
-            finished = self.render(example.messages[: position + 1], example.tools, generate=False)
-            yield context, self._answer(example.messages[position], context, finished)
+            yield self._turn(messages[:position], example.messages[position], example.tools)
 
-    def _answer(self, message: dict[str, Any], context: str, finished: str) -> str:
-        """The supervised text of a turn: as the template renders it if it keeps it whole, else the turn itself.
+    def _turn(self, before: list[Message], message: Message, tools: Sequence[dict[str, Any]]) -> _Turn:
+        reasoning, bare = part(message)
+        thinking = bool(reasoning) if self.thinking == "auto" else self.thinking == "keep"
+        prompt = self._prompt(before, tools, thinking)
+        barred = has_closed(prompt.text) and not (reasoning and self.thinking == "keep")
+        left_out = barred or self.thinking == "drop"
+        if left_out and bare is not message:
+            if not bare["content"].strip() and not bare.get("tool_calls"):
+                raise RowError("nothing is left of one of its answers without its reasoning")
+            message = bare
+        answer = self._answer(prompt, message, "" if left_out else reasoning)
+        if reasoning:
+            fate = DROPPED if self.thinking == "drop" else BARRED if barred else KEPT
+        else:
+            fate = ENDED if begins_empty(answer) else NONE
+        modes = {True: " in thinking mode", False: " in non-thinking mode"}
+        return _Turn(prompt.text, answer, fate + modes[thinking] * self._template.has_switch)
+
+    def _prompt(self, messages: list[Message], tools: Sequence[dict[str, Any]], thinking: bool) -> _Prompt:
+        switch = None if self.thinking == "auto" and not self._template.has_switch else thinking
+        text = self._template.render(messages, tools, generate=True, thinking=switch)
+        return _Prompt(messages, tools, switch, text)
+
+    def _answer(self, prompt: _Prompt, message: Message, reasoning: str) -> str:
+        """The supervised text of a turn: as the template renders it if it keeps it whole, else written here.
 
         Raises:
             RowError: it calls a tool, and the template does not render that.
         """
-        content = message.get("content") or ""
-        rendered = finished[len(context) :] if finished.startswith(context) else ""
-        calls = [call["function"]["name"] for call in message.get("tool_calls") or ()]
-        if not all(name in rendered for name in calls):
-            raise RowError(
-                "the chat template leaves out its tool call, so nothing could be learned from the turn"
-            )
-        ends = list(self._special_token.finditer(rendered))
-        # Behind the end token templates put separators, which belong to the next turn's context.
-        ended = bool(ends) and not rendered[ends[-1].end() :].strip()
-        end = ends[-1].group() if ended else self.tokenizer.eos_token or ""
-        if rendered and content.strip() in rendered:
-            return rendered[: ends[-1].end()] if ended else rendered + end
-        if (reasoning := message.get("reasoning_content")) and "</think>" not in content:
-            content = f"<think>\n{reasoning}\n</think>\n\n{content}"
-        if _OPENED_THINKING.search(context):
-            content = content.lstrip().removeprefix("<think>").lstrip("\n")
-        return content + end
+        opened, bare = opener(prompt.text), part(message).bare
+        finished = self._finished(prompt, message)
+        rendered, end = self._said(prompt.text, finished)
+        if _holds(rendered, bare, reasoning, opened):
+            return rendered
+        if not opened and not reasoning:
+            return _plain(message) + end
+        # What the template makes of the answer alone, behind all of the prompt but the `<think>` it ends with.
+        if bare is not message:
+            finished = self._finished(prompt, bare)
+        rendered, end = self._said(prompt.text.removesuffix(opened), finished)
+        alone = (text for text in (without_empty(rendered), rendered) if _holds(text, bare))
+        return written(reasoning, opened) + (next(alone, None) or _plain(bare) + end).lstrip()
 
-    def render(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], generate: bool
-    ) -> str:
-        """The conversation as text by the tokenizer's chat template.
-
-        Raises:
-            RowError: the template refuses it (roles that do not alternate, a role it does not know ...).
-        """
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) or None, add_generation_prompt=generate, tokenize=False
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise RowError(f"the chat template refuses it: {error}") from error
-        return str(text)
-
-    @cached_property
-    def _special_token(self) -> re.Pattern[str]:
-        tokens = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        tokens.update(self.tokenizer.all_special_tokens)
-        return re.compile(
-            "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)"
+    def _finished(self, prompt: _Prompt, message: Message) -> str:
+        return self._template.render(
+            [*prompt.messages, message], prompt.tools, generate=False, thinking=prompt.switch
         )
+
+    def _said(self, prompt: str, finished: str) -> tuple[str, str]:
+        """What a finished conversation has behind `prompt`, nothing if it does not begin so, and its end token."""
+        behind = finished[len(prompt) :] if finished.startswith(prompt) else ""
+        rendered, end = self._template.up_to_end(behind or finished)
+        return rendered if behind else "", end
+
+
+class _Prompt(NamedTuple):
+    """What is seen when serving, and what it was rendered from."""
+
+    messages: list[Message]
+    tools: Sequence[dict[str, Any]]
+    switch: bool | None
+    text: str
+
+
+class _Turn(NamedTuple):
+    """What is seen when serving, what is to be answered, and what became of its reasoning."""
+
+    context: str
+    answer: str
+    fate: str
+
+
+def _holds(rendered: str, bare: Message, reasoning: str = "", opened: str = "") -> bool:
+    """Whether a rendered turn has its reasoning, the end of what the prompt has opened, and its answer, in this order.
+
+    Beside a tool call templates may leave a content out; it could not be told when serving either.
+    """
+    content, names = (bare.get("content") or "").strip(), _called(bare)
+    _, found, rest = rendered.partition(reasoning) if reasoning else ("", "found", rendered)
+    if names:
+        talk = content if content in rest else ""
+        called = all(rest.count(name) > talk.count(name) for name in names)
+        at = min(map(rest.find, names)) if called else -1
+    else:
+        at = rest.find(content)
+    return bool(rendered and found) and at >= 0 and (not opened or CLOSE in rest[:at])
+
+
+def _plain(message: Message) -> str:
+    """What a message says.
+
+    Raises:
+        RowError: it calls a tool.
+    """
+    if _called(message):
+        raise RowError(
+            "the chat template leaves out its tool call, so nothing could be learned from the turn"
+        )
+    return message.get("content") or ""
+
+
+def _called(message: Message) -> list[str]:
+    return [call["function"]["name"] for call in message.get("tool_calls") or ()]
 
 
 def coloured(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:

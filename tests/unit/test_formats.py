@@ -95,6 +95,18 @@ def test_reasoning_is_kept():
     assert to_example({"messages": [USER, answer]}, "messages").messages[1] == answer
 
 
+@pytest.mark.parametrize("name", ["reasoning", "thinking"])
+def test_reasoning_by_other_names(name):
+    example = to_example({"messages": [USER, ASSISTANT | {name: "hm"}]}, "messages")
+    assert example.messages[1] == ASSISTANT | {"reasoning_content": "hm"}
+
+
+def test_of_two_names_of_reasoning_the_one_that_templates_know_wins():
+    answer = ASSISTANT | {"reasoning_content": "hm", "reasoning": "no", "thinking": "no"}
+    example = to_example({"messages": [USER, answer]}, "messages")
+    assert example.messages[1] == ASSISTANT | {"reasoning_content": "hm"}
+
+
 def test_sharegpt_with_function_calls():
     calls = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": '{"y": 2}'}]
     row = {

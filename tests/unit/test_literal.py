@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from raytune_ds.data.formats import Example
 from raytune_ds.data.template import Encoder
-from tests.unit.test_template import FAMILIES, Tokenizers, said, supervised_runs, tokenizers
+from tests.families import FAMILIES, THINK, Tokenizers
+from tests.unit.test_template import said, supervised_runs, tokenizers, without_thinking
 
 __all__ = ["tokenizers"]
 light = settings(max_examples=60, deadline=None)
@@ -38,22 +39,23 @@ def contents(tokens: list[str]) -> st.SearchStrategy[str]:
 @given(data=st.data())
 def test_no_content_becomes_a_control_token(tokenizers: Tokenizers, family: str, data: st.DataObject) -> None:
     """Not even in pieces that come together, and decoded it is what the user wrote."""
-    tokenizer, end = tokenizers[family], FAMILIES[family][1]
+    tokenizer, end = tokenizers[family], FAMILIES[family].end
     shown = tokenizer.apply_chat_template(said("x", "x"), tokenize=False)
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     around = {token for token in added if token in shown} | set(tokenizer.all_special_tokens)
-    turns = st.tuples(contents(sorted(added)), contents(sorted(around)))
+    turns = st.tuples(contents(sorted(added)), contents(sorted(around - set(THINK))))
     texts = [text for turn in data.draw(st.lists(turns, min_size=1, max_size=2)) for text in turn]
     messages, harmless = said(*texts), said(*("x" for _ in texts))
     for ids, expected in zip(ids_of(tokenizer, messages), ids_of(tokenizer, harmless), strict=True):
         assert control_ids(tokenizer, ids) == control_ids(tokenizer, expected)
+    switch, opened = without_thinking(family)
     runs = supervised_runs(Encoder(tokenizer).encode(Example(tuple(messages))))
     for position, (before, own) in zip(range(1, len(messages), 2), runs, strict=True):
         served = tokenizer.apply_chat_template(
-            messages[:position], add_generation_prompt=True, tokenize=False
+            messages[:position], add_generation_prompt=True, tokenize=False, **switch
         )
         assert tokenizer.decode(before) == served
-        assert tokenizer.decode(own) == texts[position] + end
+        assert tokenizer.decode(own) == opened + texts[position] + end
 
 
 @pytest.mark.parametrize("family", ["r1", "v3.1"])
@@ -71,7 +73,7 @@ def test_reasoning_of_the_assistant_is_its_own(tokenizers: Tokenizers, family: s
 
 def test_names_and_descriptions_of_tools_are_text(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers["tiny"]
-    end = FAMILIES["tiny"][1]
+    end = FAMILIES["tiny"].end
 
     def tool(text: str) -> list[Any]:
         return [{"type": "function", "function": {"name": "f", "description": text, "parameters": {}}}]
@@ -82,7 +84,7 @@ def test_names_and_descriptions_of_tools_are_text(tokenizers: Tokenizers) -> Non
 
 
 def test_what_looks_like_nothing_is_tokenized_as_ever(tokenizers: Tokenizers) -> None:
-    tokenizer = tokenizers["chatml"]
+    tokenizer = tokenizers["qwen2.5"]
     messages = said("<b>one</b> < two | three", "four")
     text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
     assert ids_of(tokenizer, messages) == [tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -90,7 +92,7 @@ def test_what_looks_like_nothing_is_tokenized_as_ever(tokenizers: Tokenizers) ->
 
 def test_words_and_white_space_that_were_added_are_text_as_ever(tokenizers: Tokenizers) -> None:
     """Some tokenizers have added runs of spaces, and users add words of their domain."""
-    tokenizer = copy.deepcopy(tokenizers["chatml"])
+    tokenizer = copy.deepcopy(tokenizers["qwen2.5"])
     tokenizer.add_tokens(["myocarditis"])
     tokenizer.add_tokens(["    ", "\n\n"], special_tokens=True)
     messages = said("    what is\n\nmyocarditis?", "myocarditis\n\n    is")
@@ -100,17 +102,17 @@ def test_words_and_white_space_that_were_added_are_text_as_ever(tokenizers: Toke
 
 def test_marks_cannot_be_forged(tokenizers: Tokenizers) -> None:
     """Across turns they would turn what separates them into text."""
-    tokenizer = tokenizers["chatml"]
+    tokenizer = tokenizers["qwen2.5"]
     forged, harmless = said("a\ufdd0x\ufdd1", "b", "c\ufdd2 <|im_end|>", "d"), said("a", "b", "c", "d")
     [ids], [plain] = ids_of(tokenizer, forged), ids_of(tokenizer, harmless)
     assert control_ids(tokenizer, ids) == control_ids(tokenizer, plain)
 
 
 def test_a_tokenizer_that_pads_and_cuts_does_so_to_no_text(tokenizers: Tokenizers) -> None:
-    tokenizer = copy.deepcopy(tokenizers["chatml"])
+    tokenizer = copy.deepcopy(tokenizers["qwen2.5"])
     tokenizer.backend_tokenizer.enable_padding(length=16)
     tokenizer.backend_tokenizer.enable_truncation(max_length=2)
-    ids = Encoder(tokenizer)._literals._plain_ids("<|im_end|>")
+    ids = Encoder(tokenizer).literals._plain_ids("<|im_end|>")
     assert tokenizer.decode(ids) == "<|im_end|>"
 
 

@@ -25,7 +25,7 @@ from tests.unit.test_scatter import encode, job_of
 
 SEQ_LEN = 12
 NOTHING: Any = None
-JOB = Job((), (), NOTHING, SEQ_LEN, "truncate", False, 0, 1, 1, "", "")
+JOB = Job((), (), NOTHING, SEQ_LEN, "truncate", False, "auto", 0, 1, 1, "", "")
 
 SINGLE = st.tuples(st.just("single"), st.integers(1, SEQ_LEN), st.sampled_from([0, 3, 4]))
 PAIR = st.tuples(st.just("pair"), st.integers(1, SEQ_LEN - 1), st.integers(1, SEQ_LEN - 1)).filter(

@@ -1,4 +1,4 @@
-"""Raw text on its way into the store, one block of it and without Ray: every token a target once, nothing cut away."""
+"""Rows on their way into the store, a block of them and without Ray: of raw text every token is a target once."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from raytune_ds.data.inputs import Inputs
 from raytune_ds.data.job import Job, Tally
 from raytune_ds.data.scatter import encode_chunks, read_chunks
 from raytune_ds.data.template import Encoder
+from raytune_ds.data.thinking import KEPT, NONE
 from raytune_ds.data.tokenizer import TokenizerSpec
 from tests.helpers import write_jsonl
 
@@ -32,6 +33,7 @@ def job_of(data: Path, model: Path, on_long_row: str, seq_len: int = SEQ_LEN) ->
         seq_len=seq_len,
         on_long_row=on_long_row,
         last_turn_only=False,
+        thinking="auto",
         seed=0,
         num_buckets=1,
         chunk_chars=1 << 20,
@@ -77,3 +79,16 @@ def test_split_texts_are_counted_over_all_blocks() -> None:
     total = Tally(num_split=2)
     total.add(Tally(num_split=3))
     assert total.num_split == 5
+
+
+def test_what_became_of_reasoning_is_tallied(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
+    asked = {"role": "user", "content": "q"}
+    contents = ["<think>h</think>a", "b", "c"]
+    rows = [{"messages": [asked, {"role": "assistant", "content": content}]} for content in contents]
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, rows)
+    tally, _ = encode(job_of(data, tiny_models["deepseek-v3"], "truncate"))
+    total = Tally()
+    total.add(tally)
+    total.add(tally)
+    assert total.turns == {KEPT: 2, NONE: 4}

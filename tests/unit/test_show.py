@@ -12,6 +12,7 @@ import pytest
 from raytune_ds.data.labels import Label
 from raytune_ds.data.show import TEXT_ENDS, show
 from raytune_ds.data.store import Manifest, Split, Store, doc_id, pack_documents, write_table
+from raytune_ds.data.thinking import KEPT, NONE
 from raytune_ds.data.tokenizer import TokenizerSpec
 from tests.stores import DOCUMENTS
 
@@ -25,6 +26,7 @@ def shown(
     format: str,
     capsys: pytest.CaptureFixture[str],
     labels: Sequence[Label] = (Label.PLAIN,),
+    reasoning: dict[str, int] | None = None,
 ) -> str:
     """The output for a store of one pack; the first two tokens of each document are context."""
     columns: dict[str, Any] = {
@@ -52,6 +54,7 @@ def shown(
         num_dropped_long=0,
         length_histogram={"512": 20},
         num_split=5 if format == "text" else 0,
+        reasoning=reasoning or {},
     )
     show(Store(str(folder), manifest), TokenizerSpec(str(model)), 1)
     return capsys.readouterr().out
@@ -123,3 +126,13 @@ def test_a_conversation_has_no_label(
     ids = tiny_tokenizer("7788")["input_ids"]
     told = shown(tmp_path, tiny_models["qwen2"], [ids], "alpaca", capsys)
     assert told.splitlines()[-2:] == ["rows.jsonl, row 7", "77«88»"]
+
+
+def test_what_became_of_reasoning_is_told_where_there_is_any(
+    tmp_path: Path, tiny_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = {KEPT: 1200, NONE: 300}
+    told = shown(tmp_path, tiny_models["qwen2"], [[5, 6, 7]], "messages", capsys, reasoning=counts)
+    assert "answers: 1,200 with reasoning; 300 without reasoning" in told.splitlines()
+    told = shown(tmp_path, tiny_models["qwen2"], [[5, 6, 7]], "messages", capsys, reasoning={NONE: 300})
+    assert "answers:" not in told

@@ -1,6 +1,7 @@
-"""Training and serving see the same tokens: the contract of `Encoder`, on chat formats of four families.
+"""Training and serving see the same tokens: the contract of `Encoder`, on chat formats of several families.
 
-For every supervised turn, what stands before it is, token for token, the prompt that a server would send.
+For every supervised turn, what stands before it is, token for token, the prompt that a server would send. Random
+conversations with tools, calls and reasoning are in `test_serving`.
 """
 
 from __future__ import annotations
@@ -19,99 +20,28 @@ from raytune_ds.data.formats import Example, RowError
 from raytune_ds.data.labels import Label
 from raytune_ds.data.template import Encoded, Encoder, coloured
 from raytune_ds.model.tiny import BOS, EOS
-
-Message = dict[str, Any]
-
-# Each is written anew and holds what is peculiar about its family, no more.
-
-# A newline behind the end token, which belongs to nobody's answer.
-CHATML = """\
-{%- for message in messages -%}
-{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
-
-# Trimmed contents, a header of several special tokens, its own BOS.
-LLAMA3 = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}
-"""
-
-# Every answer loses its reasoning, the last one too, and the generation prompt opens the reasoning.
-R1 = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-{%- if message.role == 'system' -%}{{- message.content -}}
-{%- elif message.role == 'user' -%}{{- '<｜User｜>' + message.content -}}
-{%- elif message.role == 'assistant' -%}
-{{- '<｜Assistant｜>' + message.content.split('</think>')[-1] + eos_token -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<｜Assistant｜><think>\\n' -}}{%- endif -%}
-"""
-
-# Without reasoning the prompt closes it at once, and so does every answer.
-V31 = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-{%- if message.role == 'system' -%}{{- message.content -}}
-{%- elif message.role == 'user' -%}{{- '<｜User｜>' + message.content -}}
-{%- elif message.role == 'assistant' -%}
-{{- '<｜Assistant｜></think>' + message.content.split('</think>')[-1] + eos_token -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<｜Assistant｜></think>' -}}{%- endif -%}
-"""
-
-# template (None: the tiny models' own), end token, further special tokens
-FAMILIES: dict[str, tuple[str | None, str, list[str]]] = {
-    "tiny": (None, EOS, []),
-    "tiny-qwen2": (
-        None,
-        EOS,
-        [],
-    ),  # which transformers loads as a class of its own, with a pre-tokenizer of its own
-    "chatml": (CHATML, "<|im_end|>", ["<|im_start|>"]),
-    "llama3": (LLAMA3, "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
-    "r1": (R1, EOS, []),
-    "v3.1": (V31, EOS, []),
-}
-SHARE_ONE_SEQUENCE = [name for name in FAMILIES if name != "r1"]
-
-Tokenizers = dict[str, Any]
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """A tokenizer that nobody else has, so it may be changed."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
+from tests.families import FAMILIES, Message, Tokenizers, load_tokenizer, make_tokenizers
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tiny_models: dict[str, Path]) -> Tokenizers:
     """A tokenizer for each family."""
-    made = {}
-    for name, (template, end, further) in FAMILIES.items():
-        tokenizer = load_tokenizer(tiny_models["qwen2" if name == "tiny-qwen2" else "deepseek-v3"])
-        if template is not None:
-            tokenizer.add_tokens([end, *further], special_tokens=True)
-            tokenizer.chat_template = template
-        # As published: Llama-3's end of turn is not its EOS token.
-        if name == "chatml":
-            tokenizer.eos_token = end
-        made[name] = tokenizer
-    return made
+    return make_tokenizers(tiny_models)
 
 
-def serve(tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+def serve(
+    tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None = None, **switch: bool
+) -> list[int]:
     """The ids that a server makes of a conversation that waits for an answer."""
-    text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=True, tokenize=False, **switch
+    )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def without_thinking(family: str) -> tuple[dict[str, bool], str]:
+    """How a server has a family answer without reasoning, and how such an answer begins where the prompt opens it."""
+    return {"enable_thinking": False} if family == "qwen3" else {}, "</think>\n\n" if family == "r1" else ""
 
 
 def supervised_runs(sequences: list[Encoded]) -> list[tuple[list[int], list[int]]]:
@@ -140,7 +70,6 @@ def said(*contents: str, system: str | None = None) -> list[Message]:
 ends = st.sampled_from([*"aZ7.é中あ😀", "</b>", "ß"])
 middle = st.text(alphabet=st.sampled_from([*"abc 0189\n\t,.中文字é😀ا<>"]), max_size=12)
 contents = st.builds(lambda a, b, c: a + b + c, ends, middle, ends)
-reasoned = st.builds(lambda a, b: f"<think>\n{a}\n</think>\n\n{b}", contents, contents)
 
 
 @st.composite
@@ -153,27 +82,31 @@ def conversations(draw: st.DrawFn, answers: st.SearchStrategy[str] = contents) -
 light = settings(max_examples=40, deadline=None)
 
 
-def check_contract(tokenizer: Any, end: str, messages: list[Message], turns: list[str]) -> list[Encoded]:
+def check_contract(
+    tokenizer: Any, end: str, messages: list[Message], turns: list[str], **switch: bool
+) -> list[Encoded]:
     """Every turn is supervised once, behind what is seen when serving; `turns` are their texts without the end."""
     sequences = Encoder(tokenizer).encode(Example(tuple(messages)))
     runs = supervised_runs(sequences)
     positions = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     assert len(runs) == len(positions)
     for (before, own), position, turn in zip(runs, positions, turns, strict=True):
-        assert before == serve(tokenizer, messages[:position])
+        assert before == serve(tokenizer, messages[:position], **switch)
         assert tokenizer.decode(own) == turn + end
     return sequences
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["tiny", "tiny-qwen2", "qwen3", "closed"])
 @light
 @given(messages=conversations())
 def test_the_context_of_every_turn_is_what_is_seen_when_serving(
     tokenizers: Tokenizers, family: str, messages: list[Message]
 ) -> None:
+    """Families that `test_serving` leaves out; Qwen3's prompt closes thinking by its switch."""
+    switch, _ = without_thinking(family)
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
-    sequences = check_contract(tokenizers[family], FAMILIES[family][1], messages, answers)
-    assert len(sequences) == (1 if family in SHARE_ONE_SEQUENCE else len(answers))
+    sequences = check_contract(tokenizers[family], FAMILIES[family].end, messages, answers, **switch)
+    assert family == "qwen3" or len(sequences) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -182,38 +115,25 @@ def test_the_context_of_every_turn_is_what_is_seen_when_serving(
 def test_turns_that_are_not_trained_on_are_context(
     tokenizers: Tokenizers, family: str, messages: list[Message], data: st.DataObject, last_turn_only: bool
 ) -> None:
-    tokenizer, end = tokenizers[family], FAMILIES[family][1]
+    tokenizer, end = tokenizers[family], FAMILIES[family].end
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     silent = data.draw(st.sets(st.sampled_from(answers)).map(frozenset)) - {answers[-1]}
     sequences = Encoder(tokenizer, last_turn_only).encode(Example(tuple(messages), silent=silent))
     trained = [i for i in answers if i not in silent]
     expected = trained[-1:] if last_turn_only else trained
     runs = supervised_runs(sequences)
-    assert [before for before, _ in runs] == [serve(tokenizer, messages[:i]) for i in expected]
-    assert [tokenizer.decode(own) for _, own in runs] == [messages[i]["content"] + end for i in expected]
-
-
-@light
-@given(messages=conversations(reasoned))
-def test_reasoning_stays_where_the_prompt_opens_it(tokenizers: Tokenizers, messages: list[Message]) -> None:
-    # R1's own template would render the answer without it, so that only the bare answer would be trained on.
-    answers = [m["content"].removeprefix("<think>\n") for m in messages if m["role"] == "assistant"]
-    sequences = check_contract(tokenizers["r1"], EOS, messages, answers)
-    assert len(sequences) == len(answers)
-
-
-def test_reasoning_stays_where_the_template_keeps_it(tokenizers: Tokenizers) -> None:
-    messages = said("Why?", "<think>\nBecause.\n</think>\n\nSo.", "And?", "<think>\n</think>\n\nNo.")
-    answers = [messages[1]["content"], messages[3]["content"]]
-    for family in ("tiny", "chatml", "llama3"):
-        assert len(check_contract(tokenizers[family], FAMILIES[family][1], messages, answers)) == 1
+    switch, opened = without_thinking(family)
+    assert [before for before, _ in runs] == [serve(tokenizer, messages[:i], **switch) for i in expected]
+    assert [tokenizer.decode(own) for _, own in runs] == [
+        opened + messages[i]["content"] + end for i in expected
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_separator_behind_the_end_token_is_not_supervised(tokenizers: Tokenizers, family: str) -> None:
     tokenizer = tokenizers[family]
     for sequence in Encoder(tokenizer).encode(Example(tuple(said("a?", "b.", "c?", "d.")))):
-        end = tokenizer.convert_tokens_to_ids(FAMILIES[family][1])
+        end = tokenizer.convert_tokens_to_ids(FAMILIES[family].end)
         assert (sequence.ids[-1], sequence.weights[-1]) == (end, 1.0)
         assert all(
             sequence.ids[i] == end
@@ -297,16 +217,31 @@ def test_a_bare_call_is_supervised_too(tokenizers: Tokenizers) -> None:
     assert tokenizer.decode(own).startswith("<｜tool▁calls▁begin｜>")
 
 
-def test_a_call_that_the_template_would_lose_is_not_trained_as_silence(tokenizers: Tokenizers) -> None:
-    # R1's format opens <think>, so a call can't be taken from the rendering. An answer of the end token alone would
-    # teach the model to say nothing where it should call.
-    tokenizer = tokenizers["r1"]
-    try:
-        sequences = Encoder(tokenizer).encode(Example((*said("Weather?"), call()), tuple(TOOLS)))
-    except RowError:
-        return
-    ((_, own),) = supervised_runs(sequences)
-    assert "weather" in tokenizer.decode(own)
+@pytest.mark.parametrize("family", ["closed", "qwen3"])
+def test_a_call_that_the_template_would_lose_is_not_trained_as_silence(
+    tokenizers: Tokenizers, family: str
+) -> None:
+    """An answer of the end token alone would teach the model to say nothing where it should call."""
+    with pytest.raises(RowError, match="leaves out its tool call"):
+        Encoder(tokenizers[family]).encode(Example((*said("Weather?"), call()), tuple(TOOLS)))
+
+
+def test_talk_of_a_call_is_not_taken_for_it(tokenizers: Tokenizers) -> None:
+    """R1's template shows a call only where nothing else is said."""
+    talk = call("I'll ask weather.")
+    with pytest.raises(RowError, match="leaves out its tool call"):
+        Encoder(tokenizers["r1"]).encode(Example((*said("Weather?"), talk), tuple(TOOLS)))
+    (sequence,) = Encoder(tokenizers["v3"]).encode(Example((*said("Weather?"), talk), tuple(TOOLS)))
+    assert "I'll ask weather.<｜tool▁calls▁begin｜>" in tokenizers["v3"].decode(sequence.ids)
+
+
+def test_the_end_token_is_the_templates_own_where_the_rest_is_written_here(tokenizers: Tokenizers) -> None:
+    """A template that does not begin a finished turn as it prompts for it."""
+    tokenizer = copy.deepcopy(tokenizers["llama3"])
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "header('assistant') if add_gen", "header('assistant') + '!' if add_gen"
+    )
+    check_contract(tokenizer, "<|eot_id|>", said("a?", "b."), ["b."])
 
 
 def test_every_token_is_one_that_the_model_knows(tiny_models: dict[str, Path]) -> None:
@@ -331,7 +266,8 @@ def pair_of(prompt: list[Message], chosen: list[Message], rejected: list[Message
 def test_a_pair_is_two_answers_to_what_is_seen_when_serving(
     tokenizers: Tokenizers, family: str, messages: list[Message], other: str
 ) -> None:
-    tokenizer, end = tokenizers[family], FAMILIES[family][1]
+    tokenizer, end = tokenizers[family], FAMILIES[family].end
+    switch, opened = without_thinking(family)
     assume(other != messages[-1]["content"])
     prompt, answers = messages[:-1], [messages[-1]["content"], other]
     pair = Encoder(tokenizer).encode(
@@ -339,8 +275,8 @@ def test_a_pair_is_two_answers_to_what_is_seen_when_serving(
     )
     assert [sequence.label for sequence in pair] == [Label.CHOSEN, Label.REJECTED]
     runs = supervised_runs(pair)
-    assert [before for before, _ in runs] == [serve(tokenizer, prompt)] * 2
-    assert [tokenizer.decode(own) for _, own in runs] == [answer + end for answer in answers]
+    assert [before for before, _ in runs] == [serve(tokenizer, prompt, **switch)] * 2
+    assert [tokenizer.decode(own) for _, own in runs] == [opened + answer + end for answer in answers]
 
 
 @pytest.mark.parametrize("desirable", [True, False])
@@ -368,7 +304,7 @@ def test_an_answer_in_steps_is_one_sequence(tokenizers: Tokenizers, family: str,
     runs = supervised_runs(pair[:1])
     assert len(runs) == num_trained
     assert runs[-1][0] == serve(tokenizers[family], [*prompt, *chosen[:-1]])
-    assert tokenizers[family].decode(runs[-1][1]) == "c." + EOS
+    assert tokenizers[family].decode(runs[-1][1]) == without_thinking(family)[1] + "c." + EOS
 
 
 def test_a_pair_that_is_rendered_alike_teaches_nothing(tokenizers: Tokenizers) -> None:

@@ -1,0 +1,112 @@
+"""A tokenizer's chat template as servers use it: with its switch of thinking, and tool calls in the form it takes.
+
+What a template can do is found by trying it on small conversations, never by the model's name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from raytune_ds.data.formats import Message, RowError
+
+_ASKED: Message = {"role": "user", "content": "u"}
+_ARGUMENTS = {"argument": "value"}
+_CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "called", "arguments": _ARGUMENTS}}],
+}
+
+
+class ChatTemplate:
+    """Renders conversations by one tokenizer's chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """`tokenizer` carries the template."""
+        self._tokenizer = tokenizer
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        generate: bool,
+        thinking: bool | None = None,
+    ) -> str:
+        """The conversation as text; `thinking` sets the switch if the template has one, None leaves it alone.
+
+        Raises:
+            RowError: the template refuses it (roles that do not alternate, a role it does not know ...).
+        """
+        formed = [_with_json(m) if m.get("tool_calls") and self._wants_json else m for m in messages]
+        try:
+            return self._applied(formed, tools, generate, thinking)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RowError(f"the chat template refuses it: {error}") from error
+
+    def up_to_end(self, rendered: str) -> tuple[str, str]:
+        """A rendered answer up to its end token, and that token; the tokenizer's EOS where the template puts none.
+
+        Behind the end token templates put separators, which belong to the next turn's context.
+        """
+        ends = list(self._special_token.finditer(rendered))
+        if ends and not rendered[ends[-1].end() :].strip():
+            return rendered[: ends[-1].end()], ends[-1].group()
+        end = self._tokenizer.eos_token or ""
+        return rendered + end, end
+
+    @cached_property
+    def has_switch(self) -> bool:
+        """Whether a prompt with thinking differs from one without."""
+        try:
+            on, off = (self._applied([_ASKED], (), True, thinking) for thinking in (True, False))
+        except (TemplateError, TypeError, ValueError):
+            return False
+        return on != off
+
+    @cached_property
+    def _wants_json(self) -> bool:
+        """Whether it writes the arguments of a call as it gets them, so that they have to come as JSON already."""
+        return not self._shows(_CALL) and self._shows(_with_json(_CALL))
+
+    def _shows(self, call: Message) -> bool:
+        try:
+            text = self._applied([_ASKED, call], (), False, None)
+        except (TemplateError, TypeError, ValueError):
+            return False
+        return all(name in text for name in ("called", *_ARGUMENTS)) and str(_ARGUMENTS) not in text
+
+    def _applied(
+        self, messages: list[Message], tools: Sequence[dict[str, Any]], generate: bool, thinking: bool | None
+    ) -> str:
+        # The two names that published templates have for it.
+        switch: dict[str, Any] = (
+            {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
+        )
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages, tools=list(tools) or None, add_generation_prompt=generate, tokenize=False, **switch
+            )
+        )
+
+    @cached_property
+    def _special_token(self) -> re.Pattern[str]:
+        tokens = {str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special}
+        tokens.update(self._tokenizer.all_special_tokens)
+        return re.compile(
+            "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)"
+        )
+
+
+def _with_json(message: Message) -> Message:
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": calls}
