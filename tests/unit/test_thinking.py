@@ -197,3 +197,24 @@ def test_a_template_that_refuses_has_no_switch(tokenizers: Tokenizers) -> None:
     refusing.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(RowError, match="refuses it: no"):
         trained({"v3": refusing}, "v3", "auto", answer())
+
+
+def test_what_a_prompt_opens_is_closed_though_the_template_leaves_it_open(tokenizers: Tokenizers) -> None:
+    opening = copy.deepcopy(tokenizers["v3"])
+    opening.chat_template = (
+        "{% for m in messages %}{{ m.role + ':' + ('<think>\n' if m.role == 'assistant' else '') + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:<think>\n' }}{% endif %}"
+    )
+    assert trained({"v3": opening}, "v3", "auto", answer())[1] == "</think>\n\nYes."
+
+
+def test_arguments_are_json_where_a_template_would_write_them_as_python_does(tokenizers: Tokenizers) -> None:
+    writing = copy.deepcopy(tokenizers["tiny"])
+    writing.chat_template = (
+        "{% for m in messages %}{{ m.role ~ ':' ~ m.content }}{% for call in m.tool_calls or [] %}"
+        "{{ call.function.name ~ call.function.arguments }}{% endfor %}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    assert trained({"tiny": writing}, "tiny", "auto", call())[1] == 'weather{"city": "上海", "days": 3}'
