@@ -49,6 +49,8 @@ _ROLES = {
 }
 # what a message may carry beside role, content and tool_calls; templates know these
 _EXTRAS = ("name", "tool_call_id", "reasoning_content")
+# lists and objects in one another; what renders them needs a few frames of Python's stack for each
+_DEEPEST = 100
 
 
 @dataclass(frozen=True)
@@ -215,16 +217,18 @@ def _check_unicode(value: Any, what: str) -> None:
             ) from None
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: Any, levels: int = _DEEPEST) -> Iterator[str]:
+    if levels < 0:
+        raise RowError(f"its values are nested too deeply: more than {_DEEPEST} levels")
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, member in value.items():
             yield from _strings(key)
-            yield from _strings(member)
+            yield from _strings(member, levels - 1)
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(item)
+            yield from _strings(item, levels - 1)
 
 
 # ---- tools ----------------------------------------------------------------------------------------
@@ -311,7 +315,7 @@ def _turn(item: Message, where: str) -> _Turn:
 def _is_trained(item: Message, role: str, where: str) -> bool:
     weight, train = item.get("weight", 1), item.get("train", role == "assistant")
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise RowError(f"the 'weight' of {where} is {weight!r}, expected 0 or 1")
+        raise RowError(f"the 'weight' of {where} is {repr(weight)[:40]}, expected 0 or 1")
     if not isinstance(train, bool):
         raise RowError(f"'train' of {where} is {kind_of(train)}, expected true or false")
     if train and role != "assistant":
