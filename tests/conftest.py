@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.head import Head, ray_head
+from tests.head import Head, free_port, ray_head
 from tests.helpers import Run
 
 # Before any test imports the libraries that read them.
@@ -22,6 +23,15 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_metrics_report_interval_ms", "2000")  # a test waits for it
+# The S3 of `s3_bucket`, and nobody's own. Ray's workers have it from the environment in which Ray starts.
+S3_PORT = free_port()
+os.environ |= {
+    "AWS_ENDPOINT_URL": f"http://127.0.0.1:{S3_PORT}",
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 
 TEXTS = (
     "What does this word mean? It means that somebody asked a question and wants a short answer.",
@@ -77,6 +87,20 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
     monkeypatch.setattr(storage, "open_filesystem", open_filesystem)
     return "mem://runs"
+
+
+@pytest.fixture(scope="session")
+def s3_bucket() -> Iterator[str]:
+    """The URI of a bucket of an S3 that moto plays, in this process."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # or a line a request
+    server = ThreadedMotoServer("127.0.0.1", S3_PORT, verbose=False)
+    server.start()
+    boto3.client("s3").create_bucket(Bucket="raytune-tests")
+    yield "s3://raytune-tests"
+    server.stop()
 
 
 NUM_CPUS = 4  # logical: three workers fit, whatever the machine has

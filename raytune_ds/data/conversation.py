@@ -147,7 +147,7 @@ def turn_of(item: Message, where: str) -> Turn:
 def _is_trained(item: Message, role: str, where: str) -> bool:
     weight, train = item.get("weight", 1), item.get("train", role == "assistant")
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise RowError(f"the 'weight' of {where} is {weight!r}, expected 0 or 1")
+        raise RowError(f"the 'weight' of {where} is {repr(weight)[:40]}, expected 0 or 1")
     if not isinstance(train, bool):
         raise RowError(f"'train' of {where} is {kind_of(train)}, expected true or false")
     if train and role != "assistant":

@@ -5,6 +5,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+# lists and objects in one another; what renders them needs a few frames of Python's stack for each
+_DEEPEST = 100
+
 
 class RowError(ValueError):
     """Why a row can't be used, in words that make sense behind 'file, row N: '."""
@@ -107,13 +110,15 @@ def check_unicode(value: Any, what: str) -> None:
             ) from None
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: Any, levels: int = _DEEPEST) -> Iterator[str]:
+    if levels < 0:
+        raise RowError(f"its values are nested too deeply: more than {_DEEPEST} levels")
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, member in value.items():
             yield from _strings(key)
-            yield from _strings(member)
+            yield from _strings(member, levels - 1)
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(item)
+            yield from _strings(item, levels - 1)
