@@ -39,7 +39,7 @@ from raytune_ds.data.thinking import (
     has_closed,
     opener,
     part,
-    without_empty,
+    without_tags,
     written,
 )
 
@@ -191,7 +191,7 @@ class Encoder:
         if bare is not message:
             finished = self._finished(prompt, bare)
         rendered, end = self._said(prompt.text.removesuffix(opened), finished)
-        alone = (text for text in (without_empty(rendered), rendered) if _holds(text, bare))
+        alone = (text for text in (without_tags(rendered), rendered) if _holds(text, bare))
         return written(reasoning, opened) + (next(alone, None) or _plain(bare) + end).lstrip()
 
     def _finished(self, prompt: _Prompt, message: Message) -> str:

@@ -16,6 +16,7 @@ Thinking = Literal["keep", "drop", "auto"]
 OPEN, CLOSE = "<think>", "</think>"
 _OPENER = re.compile(rf"{OPEN}\s*\Z")
 _EMPTY = re.compile(rf"\s*(?:{OPEN}\s*)?{CLOSE}")
+_TAGS = re.compile(rf"\s*(?:{OPEN}\s*(?:{CLOSE})?|{CLOSE})")
 
 # What became of the reasoning of answers, in words that make sense behind 'answers: N '.
 KEPT = "with reasoning"
@@ -74,9 +75,9 @@ def written(reasoning: str, opened: str) -> str:
     return f"{reasoning}{newline if reasoning else ''}{CLOSE}{newline * 2}"
 
 
-def without_empty(answer: str) -> str:
-    """A rendered answer without the tags around nothing that it may begin with."""
-    found = _EMPTY.match(answer)
+def without_tags(answer: str) -> str:
+    """A rendered answer without the tag, or the tags around nothing, that a template may have put before it."""
+    found = _TAGS.match(answer)
     return answer[found.end() :] if found else answer
 
 
