@@ -76,6 +76,20 @@ SEEDS: dict[str, list[dict[str, Any]]] = {
         {"text": "Some words, and 3.14159."},
         {"text": "今天\n天气很好", "source": {"url": "x", "n": 1}},
     ],
+    "preference": [
+        {"prompt": "A question", "chosen": "An answer", "rejected": "Another"},
+        {"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT | {"content": "No idea."}]},
+        {
+            "conversations": [{"from": "human", "value": "喝茶?"}],
+            "chosen": {"from": "gpt", "value": "咖啡 😀"},
+            "rejected": {"from": "gpt", "value": "茶"},
+        },
+    ],
+    "kto": [
+        {"prompt": "A question", "completion": "An answer", "label": True},
+        {"messages": [USER, ASSISTANT], "label": False},
+        {"instruction": "q", "output": "a", "kto_tag": True},
+    ],
 }
 
 # ---- what goes wrong in a value --------------------------------------------------------------------
