@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 
 from ftfy.badness import is_bad
 
@@ -58,11 +57,11 @@ class Inspector:
             yield "control-token"
 
     def _of_conversation(self, example: Example, sequences: Sequence[Encoded]) -> Iterator[str]:
-        if any(all(s.weights[1:]) for s in sequences):
+        if any(s.num_supervised == len(s.ids) - 1 for s in sequences):
             yield "all-supervised"
         if self._encoder.literals.guarded(example) != example:
             yield "control-text"
-        answers = [list(run) for s in sequences for run in _runs(s)]
+        answers = [run for s in sequences for run in _runs(s)]
         if any(run[-1] not in self._special for run in answers):
             yield "no-end-token"
         yield from self._of_answers(example, answers)
@@ -76,23 +75,24 @@ class Inspector:
         contents = [str(m.get("content") or "") for m in messages]
         if any(content.count(OPEN) != content.count(CLOSE) for content in contents):
             yield "reasoning-unbalanced"
-        decoded = (self._tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in answers)
-        supervised = "".join(map(str, decoded))
-        trained = self._encoder.trained_messages(example)
-        if any(
-            not m.get("tool_calls") and part(m).bare["content"].strip() not in supervised for m in trained
-        ):
+        supervised = "".join(self._encoder.literals.text(run) for run in answers)
+        parted = [part(message) for message in self._encoder.trained_messages(example)]
+        told_apart = [
+            one for one in parted if not one.bare.get("tool_calls")
+        ]  # templates may leave talk out there
+        if any(str(one.bare["content"]).strip() not in supervised for one in told_apart):
             yield "answer-changed"
-        if self._encoder.thinking != "drop" and any(part(m).reasoning not in supervised for m in trained):
+        if self._encoder.thinking != "drop" and any(one.reasoning not in supervised for one in parted):
             yield "reasoning-lost"
 
 
 def _runs(sequence: Encoded) -> Iterator[list[int]]:
     """The ids of each stretch that is trained on."""
-    tokens = zip(sequence.ids, sequence.weights, strict=True)
-    for supervised, run in groupby(tokens, key=lambda token: token[1] != 0):
-        if supervised:
-            yield [token for token, _ in run]
+    weights, end = [*sequence.weights, 0.0], 0
+    while 1.0 in weights[end:]:
+        start = weights.index(1.0, end)
+        end = weights.index(0.0, start)
+        yield sequence.ids[start:end]
 
 
 def _contents(messages: Sequence[Message], role: str) -> list[str]:

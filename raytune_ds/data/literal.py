@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -32,6 +32,7 @@ _PROBES = (
     [{"role": "system", "content": "s"}, *_ASKED, {"role": "assistant", "content": "a"}],
     [*_ASKED, {"role": "assistant", "content": "a"}, {"role": "tool", "content": "t"}],
 )
+_TRIED = ("a", " a b", "\n\na", "", "好 😀 e\u0301", "3.14159 <think>")
 _FORGED = str.maketrans(dict.fromkeys((_BEGIN, _WITHIN, _END), "\ufffd"))
 
 
@@ -54,23 +55,67 @@ class Literals:
             tools=tuple(_map(tool, self._in_prompts) for tool in example.tools),
         )
 
-    def ids(self, text: str) -> list[int]:
-        """Token ids of a rendered text, what is marked as text."""
-        ids: list[int] = []
-        end = 0
-        for mark in _MARKED.finditer(text):
-            ids += self._ids(text[end : mark.start()]) + self._plain_ids(mark.group(1) + mark.group(2))
-            end = mark.end()
-        return ids + self._ids(text[end:])
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of rendered texts, what is marked as text."""
+        pieces = [_MARKED.split(text) for text in texts]  # text, first and rest of a mark, text ...
+        unmarked = iter(self._ids([piece for of_text in pieces for piece in of_text[::3]]))
+        found = []
+        for of_text in pieces:
+            ids = list(next(unmarked))
+            for first, rest in zip(of_text[1::3], of_text[2::3], strict=True):
+                ids += [*self._plain_ids(first + rest), *next(unmarked)]
+            found.append(ids)
+        return found
+
+    def document_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of raw texts, with what the tokenizer puts around them by itself."""
+        return self._ids(texts, add_special_tokens=True)
+
+    def text(self, ids: list[int]) -> str:
+        """What token ids say, control tokens included."""
+        if self._backend is not None:
+            return str(self._backend.decode(ids, skip_special_tokens=False))
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def token_id(self, token: str) -> int:
+        """The id of an added token."""
+        return self._tokenizer.get_vocab()[token]
+
+    @cached_property
+    def added(self) -> re.Pattern[str]:
+        """Matches the tokenizer's added tokens."""
+        return _any_of(str(token) for token in self._tokenizer.added_tokens_decoder.values())
 
     def _guarded(self, message: Message) -> Message:
         pattern = self._in_answers if message["role"] == "assistant" else self._in_prompts
         return {key: value if key == "role" else _map(value, pattern) for key, value in message.items()}
 
-    def _ids(self, text: str) -> list[int]:
-        return (
-            list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
-        )
+    def _ids(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+        if self._backend is None:
+            return [
+                list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+                for text in texts
+            ]
+        found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in found]
+
+    @cached_property
+    def _backend(self) -> Tokenizer | None:
+        """What a fast tokenizer is made around, which takes many texts at once, if it makes the same of them alone."""
+        if not self._tokenizer.is_fast:
+            return None
+        nothing = {"padding": None, "truncation": None}
+        backend = Tokenizer.from_str(json.dumps({**self._parts, **nothing}))
+        texts = [*self._probes, *_TRIED]
+        for add in (False, True):
+            alone = [self._tokenizer(t, add_special_tokens=add, verbose=False)["input_ids"] for t in texts]
+            if alone != [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=add)]:
+                return None
+        return backend
+
+    @cached_property
+    def _parts(self) -> dict[str, Any]:
+        return dict(json.loads(self._tokenizer.backend_tokenizer.to_str()))  # type: ignore[attr-defined]
 
     def _plain_ids(self, text: str) -> list[int]:
         if not self._tokenizer.is_fast:
@@ -86,9 +131,8 @@ class Literals:
     @cached_property
     def _plain(self) -> Tokenizer:
         """The tokenizer without its added tokens."""
-        made = json.loads(self._tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
         nothing = {"post_processor": None, "padding": None, "truncation": None}
-        return Tokenizer.from_str(json.dumps({**made, **nothing, "added_tokens": []}))
+        return Tokenizer.from_str(json.dumps({**self._parts, **nothing, "added_tokens": []}))
 
     @cached_property
     def _in_prompts(self) -> re.Pattern[str]:

@@ -170,12 +170,13 @@ def _blocks_of(num_bytes: int) -> Iterator[None]:
 def _scatter(job: Job, fail: bool) -> Tally:
     """Encodes all rows and scatters the sequences over the buckets."""
     files = ray.data.from_items([{"input": i} for i in range(len(job.inputs))])
-    # Less than a CPU, so that reading and encoding stay two stages, and several tasks encode one large file.
+    # Unequal shares, so that reading and encoding stay two stages and several tasks encode one large file; together
+    # a CPU, so that on each of them one reads and one encodes.
     rows = files.map_batches(
-        read_chunks, fn_kwargs={"job": job}, batch_size=1, num_cpus=0.25, zero_copy_batch=True
+        read_chunks, fn_kwargs={"job": job}, batch_size=1, num_cpus=1 / 8, zero_copy_batch=True
     )
     tallies = rows.map_batches(
-        encode_chunks, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=1
+        encode_chunks, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=7 / 8
     )
     total = Tally()
     started = time.monotonic()

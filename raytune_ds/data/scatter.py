@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from raytune_ds.data.readers import Row
 from raytune_ds.data.sketch import marks
 from raytune_ds.data.store import doc_id
 from raytune_ds.data.template import Encoded, Encoder
-from raytune_ds.data.tokenizer import load_tokenizer
+from raytune_ds.data.thinking import Thinking
+from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 
 _MIB = 1 << 20
 
@@ -89,21 +91,39 @@ def encode_chunks(batch: pa.Table, job: Job) -> Iterator[dict[str, list[str]]]:
 
 def _encode_chunk(chunk: dict[str, Any], job: Job) -> Tally:
     work = _Work(job, chunk["file"])
+    examples: dict[int, Example] = {}
     columns = (chunk[name] for name in ("index", "line", "json", "error", "fatal"))
+    lines = dict(zip(chunk["index"], chunk["line"], strict=True))
     for index, line, text, error, fatal in zip(*columns, strict=True):
         work.tally.num_rows += 1
         work.tally.num_bytes += len(text)
         try:
             if error:
                 raise RowError(error)
-            work.take(index, json.loads(text))
+            examples[index] = to_example(json.loads(text), work.input.format)
         except RowError as problem:
             work.reject(Row(index, line or None, None, str(problem), fatal))
-    work.tally.turns = work.encoder.turns
+    encoded = work.encoder.encode_all(list(examples.values()))
+    for (index, example), sequences in zip(examples.items(), encoded, strict=True):
+        try:
+            if isinstance(sequences, RowError):
+                raise sequences
+            work.take(index, example, sequences)
+        except RowError as problem:
+            work.reject(Row(index, lines[index] or None, None, str(problem)))
+    work.tally.rejected.sort(key=lambda row: row["row"])
+    work.tally.turns.update(work.encoder.turns)
     work.tally.peak_memory_mib = memory_mib()
     marks_table = pa.table(work.marks, schema=MARK_SCHEMA)
     chunks.write_chunk(job, chunk["name"], work.documents, marks_table, work.tally)
     return work.tally
+
+
+@lru_cache(maxsize=4)
+def _tools(spec: TokenizerSpec, last_turn_only: bool, thinking: Thinking) -> tuple[Encoder, Inspector]:
+    """What a process works with; what they find out of a tokenizer they find out once."""
+    encoder = Encoder(load_tokenizer(spec), last_turn_only, thinking)
+    return encoder, Inspector(encoder)
 
 
 class _Work:
@@ -111,20 +131,18 @@ class _Work:
 
     def __init__(self, job: Job, file: int) -> None:
         self.job, self.file, self.input = job, file, job.inputs[file]
-        self.encoder = Encoder(load_tokenizer(job.tokenizer), job.last_turn_only, job.thinking)
-        self.inspector = Inspector(self.encoder)
+        self.encoder, self.inspector = _tools(job.tokenizer, job.last_turn_only, job.thinking)
+        self.encoder.turns.clear()
         self.tally = Tally()
         self.documents: dict[str, list[Any]] = {name: [] for name in DOCUMENT_SCHEMA.names}
         self.marks: dict[str, list[Any]] = {name: [] for name in MARK_SCHEMA.names}
 
-    def take(self, index: int, row: dict[str, Any]) -> None:
-        """Encodes a row.
+    def take(self, index: int, example: Example, sequences: list[Encoded]) -> None:
+        """Notes a row.
 
         Raises:
             RowError: it can't be used.
         """
-        example = to_example(row, self.input.format)
-        sequences = self.encoder.encode(example)
         fitting = fit(sequences, self.job, self.tally, raw_text=example.text is not None)
         doc = doc_id(self.file, index)
         self._look_at(example, sequences, fitting, doc)

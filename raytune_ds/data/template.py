@@ -15,7 +15,7 @@ R1's), the last sequence stands for the answer, and its earlier steps are not tr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -42,6 +42,7 @@ from raytune_ds.data.thinking import (
     without_tags,
     written,
 )
+from raytune_ds.data.turntokens import RenderedTurn, TurnTokens
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Encoded:
     @property
     def num_supervised(self) -> int:
         """Targets trained on; the first token of a sequence is never a target."""
-        return sum(weight != 0 for weight in self.weights[1:])
+        return len(self.weights) - self.weights.count(0.0) - (self.weights[:1] == [1.0])
 
     def part(self, start: int, stop: int) -> Encoded:
         """Its tokens from `start` up to `stop`."""
@@ -77,6 +78,7 @@ class Encoder:
         """
         self.tokenizer, self.thinking, self._last_turn_only = tokenizer, thinking, last_turn_only
         self.literals, self._template = Literals(tokenizer), ChatTemplate(tokenizer)
+        self._tokens = TurnTokens(self.literals)
         self.turns: Counter[str] = Counter()
         """Answers of the conversations encoded so far, by what became of their reasoning (`thinking`)."""
 
@@ -86,52 +88,72 @@ class Encoder:
         Raises:
             RowError: the chat template refuses the conversation, or renders both answers of a pair alike.
         """
-        if example.text is not None:
-            return [self._encode_text(example.text)]
+        (encoded,) = self.encode_all([example])
+        if isinstance(encoded, RowError):
+            raise encoded
+        return encoded
+
+    def encode_all(self, examples: Sequence[Example]) -> list[list[Encoded] | RowError]:
+        """What `encode` gives for each of several examples, or why it can't, tokenized together: half the work."""
+        rendered = [self._rendered(example) for example in examples]
+        conversations = [turns for sides in rendered if not isinstance(sides, RowError) for turns in sides]
+        tokens = self._tokens.of(conversations)
+        texts = iter(self.literals.document_ids([e.text for e in examples if e.text is not None]))
+        return [
+            [self._document(next(texts))]
+            if example.text is not None
+            else self._encoded(example, sides, tokens)
+            for example, sides in zip(examples, rendered, strict=True)
+        ]
+
+    def _rendered(self, example: Example) -> list[list[RenderedTurn]] | RowError:
+        """The turns of a conversation, or of both of a pair."""
+        sides = [example, example.rejected] if example.rejected is not None else [example]
+        try:
+            return [list(self._turns(self.literals.guarded(side))) for side in sides if side.text is None]
+        except RowError as error:
+            return error
+
+    def _encoded(
+        self, example: Example, sides: list[list[RenderedTurn]] | RowError, tokens: Mapping[str, list[int]]
+    ) -> list[Encoded] | RowError:
+        if isinstance(sides, RowError):
+            return sides
+        self.turns.update(turn.fate for turns in sides for turn in turns)
+        sequences = [self._sequences(turns, tokens) for turns in sides]
         if example.rejected is not None:
-            return self._encode_pair(example, example.rejected)
+            chosen, rejected = (one[-1] for one in sequences)
+            if chosen.ids == rejected.ids:
+                return RowError("the chat template makes the same of its chosen and its rejected answer")
+            return [replace(chosen, label=Label.CHOSEN), replace(rejected, label=Label.REJECTED)]
         if example.desirable is not None:
-            return [self._judged(example, Label.DESIRABLE if example.desirable else Label.UNDESIRABLE)]
-        return self._sequences(example)
+            label = Label.DESIRABLE if example.desirable else Label.UNDESIRABLE
+            return [replace(sequences[0][-1], label=label)]
+        return sequences[0]
 
-    def _encode_pair(self, chosen: Example, rejected: Example) -> list[Encoded]:
-        pair = [self._judged(chosen, Label.CHOSEN), self._judged(rejected, Label.REJECTED)]
-        if pair[0].ids == pair[1].ids:
-            raise RowError("the chat template makes the same of its chosen and its rejected answer")
-        return pair
-
-    def _judged(self, example: Example, label: Label) -> Encoded:
-        return replace(self._sequences(example)[-1], label=label)
-
-    def _sequences(self, example: Example) -> list[Encoded]:
+    def _sequences(self, turns: list[RenderedTurn], tokens: Mapping[str, list[int]]) -> list[Encoded]:
         sequences: list[Encoded] = []
-        fates: list[str] = []
-        for context, answer, fate in self._turns(self.literals.guarded(example)):
-            fates.append(fate)
-            context_ids, answer_ids = self.literals.ids(context), self.literals.ids(answer)
-            last = sequences[-1] if sequences else None
-            if last is not None and context_ids[: len(last.ids)] == last.ids:
-                between = context_ids[len(last.ids) :]
-                last.ids.extend(between + answer_ids)
-                last.weights.extend([0.0] * len(between) + [1.0] * len(answer_ids))
-            else:
-                weights = [0.0] * len(context_ids) + [1.0] * len(answer_ids)
-                sequences.append(Encoded(context_ids + answer_ids, weights))
-        self.turns.update(fates)
+        for before, turn in zip([None, *turns], turns, strict=False):
+            behind = self._tokens.behind(before, turn, tokens) if before is not None else None
+            if behind is None:
+                sequences.append(Encoded([], []))
+                behind = self._tokens.context_ids(turn, tokens)
+            answer = tokens[turn.answer]
+            sequences[-1].ids.extend([*behind, *answer])
+            sequences[-1].weights.extend([0.0] * len(behind) + [1.0] * len(answer))
         return sequences
 
-    def _encode_text(self, text: str) -> Encoded:
+    def _document(self, ids: list[int]) -> Encoded:
         """One document, BOS and EOS around it as far as the tokenizer has them: every token is trained on.
 
         Whether a tokenizer adds BOS by itself says little: transformers 5 ignores `add_bos_token` in the presence of a
         tokenizer.json. A model that has one has seen it in front of everything.
         """
-        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if bos is not None and ids[:1] != [bos]:
-            ids.insert(0, bos)
+            ids = [bos, *ids]
         if eos is not None and ids[-1:] != [eos]:
-            ids.append(eos)
+            ids = [*ids, eos]
         return Encoded(ids, [1.0] * len(ids))
 
     def trained_messages(self, example: Example) -> list[Message]:
@@ -143,7 +165,7 @@ class Encoder:
         trained = [i for i in answers if i not in example.silent]
         return trained[-1:] if self._last_turn_only else trained
 
-    def _turns(self, example: Example) -> Iterator[_Turn]:
+    def _turns(self, example: Example) -> Iterator[RenderedTurn]:
         """Each turn that is trained on."""
         messages = list(example.messages)
         if self.thinking == "drop":
@@ -151,7 +173,7 @@ class Encoder:
         for position in self._trained(example):
             yield self._turn(messages[:position], example.messages[position], example.tools)
 
-    def _turn(self, before: list[Message], message: Message, tools: Sequence[dict[str, Any]]) -> _Turn:
+    def _turn(self, before: list[Message], message: Message, tools: Sequence[dict[str, Any]]) -> RenderedTurn:
         reasoning, bare = part(message)
         thinking = bool(reasoning) if self.thinking == "auto" else self.thinking == "keep"
         prompt = self._prompt(before, tools, thinking)
@@ -167,7 +189,7 @@ class Encoder:
         else:
             fate = ENDED if begins_empty(answer) else NONE
         modes = {True: " in thinking mode", False: " in non-thinking mode"}
-        return _Turn(prompt.text, answer, fate + modes[thinking] * self._template.has_switch)
+        return RenderedTurn(prompt.text, answer, fate + modes[thinking] * self._template.has_switch)
 
     def _prompt(self, messages: list[Message], tools: Sequence[dict[str, Any]], thinking: bool) -> _Prompt:
         switch = None if self.thinking == "auto" and not self._template.has_switch else thinking
@@ -213,14 +235,6 @@ class _Prompt(NamedTuple):
     tools: Sequence[dict[str, Any]]
     switch: bool | None
     text: str
-
-
-class _Turn(NamedTuple):
-    """What is seen when serving, what is to be answered, and what became of its reasoning."""
-
-    context: str
-    answer: str
-    fate: str
 
 
 def _holds(rendered: str, bare: Message, reasoning: str = "", opened: str = "") -> bool:
