@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from ftfy.badness import is_bad
 
 from raytune_ds.data.formats import Example, Message
-from raytune_ds.data.sketch import code_points, script_of
+from raytune_ds.data.sketch import code_points, main_script, scripts_in
 from raytune_ds.data.template import Encoded, Encoder
 from raytune_ds.data.thinking import CLOSE, OPEN, part
 
@@ -40,11 +40,9 @@ class Inspector:
         self._special = special | set(self._tokenizer.all_special_ids)
         self._bos = self._tokenizer.bos_token_id
 
-    def oddities(self, example: Example, sequences: Sequence[Encoded]) -> Iterator[str]:
-        """What is odd about a row, as kinds of findings."""
-        text = told(example)
+    def oddities(self, example: Example, sequences: Sequence[Encoded], text: str) -> Iterator[str]:
+        """What is odd about a row, as kinds of findings; `text` is what `told` gives of it."""
         characters = code_points(text)
-        yield f"writing:{script_of(characters)}"
         # Damaged text has letters of the Latin supplement, so that most texts need no closer look.
         damaged = ((characters >= 0x80) & (characters <= 0x17F)).any() and is_bad(text)
         if damaged or REPLACEMENT in text:
@@ -53,21 +51,27 @@ class Inspector:
             yield "double-bos"
         if example.text is None:
             yield from self._of_conversation(example, sequences)
-        elif any(not self._special.isdisjoint(s.ids[1:-1]) for s in sequences):
+            return
+        yield f"writing:{main_script(scripts_in(characters))}"
+        if any(not self._special.isdisjoint(s.ids[1:-1]) for s in sequences):
             yield "control-token"
 
     def _of_conversation(self, example: Example, sequences: Sequence[Encoded]) -> Iterator[str]:
         if any(s.num_supervised == len(s.ids) - 1 for s in sequences):
             yield "all-supervised"
-        if self._encoder.literals.guarded(example) != example:
+        if any(s.has_literals for s in sequences):
             yield "control-text"
         answers = [run for s in sequences for run in _runs(s)]
         if any(run[-1] not in self._special for run in answers):
             yield "no-end-token"
         yield from self._of_answers(example, answers)
-        asked = script_of(code_points("".join(_contents(example.messages, "user"))))
-        answered = script_of(code_points("".join(_contents(example.messages, "assistant"))))
-        if asked and answered and asked != answered:
+        asked, answered = (
+            scripts_in(code_points("".join(_contents(example.messages, role))))
+            for role in ("user", "assistant")
+        )
+        yield f"writing:{main_script(asked + answered)}"
+        scripts = {main_script(counts) for counts in (asked, answered)} - {""}
+        if len(scripts) > 1:
             yield "answer-in-other-writing"
 
     def _of_answers(self, example: Example, answers: list[list[int]]) -> Iterator[str]:

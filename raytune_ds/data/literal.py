@@ -36,6 +36,11 @@ _TRIED = ("a", " a b", "\n\na", "", "好 😀 e\u0301", "3.14159 <think>")
 _FORGED = str.maketrans(dict.fromkeys((_BEGIN, _WITHIN, _END), "\ufffd"))
 
 
+def has_literals(text: str) -> bool:
+    """Whether a rendered text has marks in it."""
+    return _BEGIN in text
+
+
 class Literals:
     """Control tokens of one tokenizer, where they are only text."""
 

@@ -38,7 +38,7 @@ from raytune_ds.errors import UserError
 SHOWN_BAD_ROWS = 5
 _MIB = 1 << 20
 # Small enough that all CPUs have work; of much data large enough that there are not too many files.
-_LEAST_CHUNK = _MIB // 4
+_LEAST_CHUNK = _MIB // 2
 _CHUNKS = 1024
 
 

@@ -145,7 +145,8 @@ class _Work:
         """
         fitting = fit(sequences, self.job, self.tally, raw_text=example.text is not None)
         doc = doc_id(self.file, index)
-        self._look_at(example, sequences, fitting, doc)
+        text = told(example)
+        self._look_at(example, sequences, fitting, doc, text)
         if not fitting:
             return
         key, eval_key = _keys(self.job, self.file, index)
@@ -157,7 +158,7 @@ class _Work:
             ids, weights = np.asarray(sequence.ids, np.int32), np.asarray(sequence.weights, np.float32)
             _append(self.documents, (key, eval_key, piece, doc, ids, weights, sequence.label))
         self.tally.num_docs += len(fitting)
-        for mark, exact, sketch in marks(told(example)):
+        for mark, exact, sketch in marks(text):
             _append(self.marks, (mark, exact, doc, eval_key, sketch))
 
     def reject(self, row: Row) -> None:
@@ -174,11 +175,13 @@ class _Work:
             }
         )
 
-    def _look_at(self, example: Example, sequences: list[Encoded], fitting: list[Encoded], doc: int) -> None:
+    def _look_at(
+        self, example: Example, sequences: list[Encoded], fitting: list[Encoded], doc: int, text: str
+    ) -> None:
         longest = max(len(s.ids) - 1 for s in sequences)
         self.tally.lengths[_length_bin(longest)] += 1
         self.tally.sightings.note_length(longest, doc)
-        self.tally.sightings.note(self.inspector.oddities(example, sequences), doc)
+        self.tally.sightings.note(self.inspector.oddities(example, sequences, text), doc)
         if example.text is None and _num_tokens(fitting) < _num_tokens(sequences):
             self.tally.sightings.note(["cut-off" if fitting else "too-long"], doc)
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from raytune_ds.data.chat import ChatTemplate
 from raytune_ds.data.formats import Example, Message, RowError
 from raytune_ds.data.labels import Label
-from raytune_ds.data.literal import Literals
+from raytune_ds.data.literal import Literals, has_literals
 from raytune_ds.data.thinking import (
     BARRED,
     CLOSE,
@@ -52,6 +52,8 @@ class Encoded:
     ids: list[int]
     weights: list[float]
     label: Label = Label.PLAIN
+    has_literals: bool = False
+    """Whether there was text that looks like control tokens and stayed text."""
 
     @property
     def num_supervised(self) -> int:
@@ -60,7 +62,7 @@ class Encoded:
 
     def part(self, start: int, stop: int) -> Encoded:
         """Its tokens from `start` up to `stop`."""
-        return Encoded(self.ids[start:stop], self.weights[start:stop], self.label)
+        return replace(self, ids=self.ids[start:stop], weights=self.weights[start:stop])
 
 
 class Encoder:
@@ -138,6 +140,7 @@ class Encoder:
             if behind is None:
                 sequences.append(Encoded([], []))
                 behind = self._tokens.context_ids(turn, tokens)
+            sequences[-1].has_literals |= has_literals(turn.whole)
             answer = tokens[turn.answer]
             sequences[-1].ids.extend([*behind, *answer])
             sequences[-1].weights.extend([0.0] * len(behind) + [1.0] * len(answer))
