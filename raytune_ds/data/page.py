@@ -18,14 +18,14 @@ from raytune_ds.data.labels import Label
 from raytune_ds.data.sample import Bin, Sample, Unit, sample
 from raytune_ds.data.show import document, fates, lengths, lengths_of, mixture, parts, percent, split_row
 from raytune_ds.data.spelled import Token, spelled, visible
-from raytune_ds.data.store import SPLITS, Manifest, Store, file_and_row
+from raytune_ds.data.store import SPLITS, Manifest, PackReader, Store, file_and_row
 from raytune_ds.data.template import Encoded
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 
 FILE = "data.html"
 EXAMPLES = 12
 """If there are no more sources: each has one at least."""
-ENDS = 2000
+ENDS = 1500
 """Tokens of an example that are shown from its beginning, and as many from its end, if it is longer than both."""
 
 
@@ -110,7 +110,8 @@ def page_of(store: Store, tokenizer: PreTrainedTokenizerBase, command: str, conf
         # Names of files and reasons may hold anything too, such as characters that turn a line around.
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    manifest, seen = store.manifest, sample(store, EXAMPLES)
+    manifest, reader = store.manifest, store.reader("train")
+    seen = sample(store, reader, EXAMPLES)
     told = [_told(finding, store) for finding in manifest.findings]
     return environment.get_template("page.html.j2").render(
         store=store,
@@ -122,7 +123,7 @@ def page_of(store: Store, tokenizer: PreTrainedTokenizerBase, command: str, conf
         fates=fates(manifest),
         mixture=mixture(manifest),
         charts=_charts(manifest, seen),
-        examples=[_example(store, unit, tokenizer) for unit in seen.examples],
+        examples=[_example(store, reader, unit, tokenizer) for unit in seen.examples],
         command=command,
         config=config,
     )
@@ -131,9 +132,13 @@ def page_of(store: Store, tokenizer: PreTrainedTokenizerBase, command: str, conf
 def _headline(manifest: Manifest) -> str:
     train = manifest.train
     return (
-        f"{train.num_docs:,} documents in {train.num_packs:,} packs of {manifest.seq_len:,} tokens: "
+        f"{_many(train.num_docs, 'document')} in {_many(train.num_packs, 'pack')} of {manifest.seq_len:,} tokens: "
         f"{human_count(train.num_tokens)} tokens, {percent(train.num_supervised, train.num_tokens)} of them trained on"
     )
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _verdict(told: list[Told]) -> tuple[str, str]:
@@ -174,8 +179,8 @@ def _charts(manifest: Manifest, seen: Sample) -> list[Chart]:
     ]
 
 
-def _example(store: Store, unit: Unit, tokenizer: PreTrainedTokenizerBase) -> Example:
-    pack = store.reader("train").pack(unit.place)
+def _example(store: Store, reader: PackReader, unit: Unit, tokenizer: PreTrainedTokenizerBase) -> Example:
+    pack = reader.pack(unit.place)
     documents = [document(pack, index) for index in range(unit.first, unit.first + unit.size)]
     file, row = file_and_row(int(pack["docs"][unit.first]))
     return Example(

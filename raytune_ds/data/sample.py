@@ -17,8 +17,8 @@ from raytune_ds.data.store import FILE_SHIFT, PackReader, Store, doc_id, file_an
 T = TypeVar("T")
 Pack = dict[str, np.ndarray]
 
-MOST_GROUPS = 64
-"""Row groups that are read of a store, however large it is: two thousand packs."""
+MOST_TOKENS = 1 << 22
+"""That are read of a store, however large it is: two thousand packs of 2,048."""
 FILLS = (50, 80, 90, 95, 98, 99)
 """Between them the bins of how full packs are, in percent; most are nearly full."""
 
@@ -56,9 +56,9 @@ class Sample:
     examples: tuple[Unit, ...]
 
 
-def sample(store: Store, num_examples: int) -> Sample:
-    """Reads packs from all over the train split, all of them if they are not many."""
-    reader, seq_len = store.reader("train"), store.manifest.seq_len
+def sample(store: Store, reader: PackReader, num_examples: int) -> Sample:
+    """Reads packs from all over the train split, of which `reader` is; all of them if they are not many."""
+    seq_len = store.manifest.seq_len
     supervision: Counter[int] = Counter()
     fill: Counter[int] = Counter()
     found: dict[str, list[Unit]] = defaultdict(list)
@@ -92,7 +92,8 @@ def spread(items: Sequence[T], number: int) -> list[T]:
 
 def _packs(store: Store, reader: PackReader) -> Iterator[tuple[Place, Pack]]:
     size, num_packs = store.manifest.row_group, store.manifest.train.num_packs
-    for group in spread(range(-(-num_packs // size)), MOST_GROUPS):
+    most = max(1, MOST_TOKENS // (size * store.manifest.seq_len))
+    for group in spread(range(-(-num_packs // size)), most):
         for row in range(min(size, num_packs - group * size)):
             place = Place(group, row)
             yield place, reader.pack(place)
