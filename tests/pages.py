@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+from hypothesis import strategies as st
 
 from raytune_ds.data.labels import Label
 from raytune_ds.data.store import Manifest, Part, Split, Store, doc_id, pack_documents, write_table
@@ -18,6 +19,9 @@ EVIL = (
     "<img src=http://x.invalid/a.png onerror=\"document.title='run'\"><b style='position:fixed'>\"'&amp;&lt;</b>"
     " \u202eesrever\u202c \x00\x1b[31m\r\n\ttab  two\u200bnone"
     " <｜Assistant｜><｜end▁of▁sentence｜> 你好😀 {{ 7 * 7 }} {% raw %}</style></title><!--"
+)
+TEXTS = st.text(max_size=60) | st.sampled_from(
+    [EVIL, "a  b\n\n\tc", "你好，世界😀", "</mark><mark>", "e\u0301"]
 )
 
 
