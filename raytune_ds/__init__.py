@@ -21,6 +21,8 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     data/batchid, rows, prepared       a batch's fingerprint; the rows it was made of; what tells stores apart
     data/scatter, buckets, prepare (R) the Ray Data job: rows, scattered over buckets, packed
     data/share, batch, stream (R)      what a rank reads of a global batch, as `Batch`es, read ahead
+    data/show, sample, spelled, page   a store as a person sees it: in the terminal; a bounded look at its packs; tokens
+                                       one by one; a page of all that
     world, rundir, lease               the ranks; the run directory; one driver a run
     watch, downtime, stacks            workers that hang; what a restart costs; the stacks of a process
     model/                             tiny models, packed attention and losses, weights by ranges, adapters; build:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,6 +87,7 @@ def _data(arguments: argparse.Namespace) -> int:
         return 0
     from raytune_ds import cluster
     from raytune_ds.check import check
+    from raytune_ds.data.page import write_page
     from raytune_ds.data.show import show
     from raytune_ds.launch import assign
 
@@ -93,7 +95,13 @@ def _data(arguments: argparse.Namespace) -> int:
     cluster.connect(arguments.debug)
     assignment = assign(checked)
     show(assignment.store, assignment.tokenizer, arguments.examples)
+    write_page(assignment.store, assignment.tokenizer, _as_typed(arguments), dump(config))
     return 0
+
+
+def _as_typed(arguments: argparse.Namespace) -> str:
+    files = [word for file in arguments.config for word in ("--config", file)]
+    return shlex.join(["raytune-ds", "data", *files, *arguments.overrides])
 
 
 def _data_of_steps(arguments: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 
 BAR = 40
 TEXT_ENDS = 120
-"""Tokens of a raw text that are shown from its beginning, and as many from its end."""
+"""Tokens of a raw text that are shown from its beginning, and as many from its end: all between is trained on too."""
 
 
 def show(store: Store, tokenizer: TokenizerSpec, num_examples: int) -> None:
@@ -27,41 +27,42 @@ def show(store: Store, tokenizer: TokenizerSpec, num_examples: int) -> None:
     table(
         f"data prepared in {store.path}",
         ["split", "documents", "packs", "tokens", "supervised", "packs full"],
-        [_split_row(name, store.split(name), manifest.seq_len) for name in ("train", "eval")],
+        [split_row(name, store.split(name), manifest.seq_len) for name in ("train", "eval")],
     )
     _mixture(manifest)
-    say(", ".join(_fates(manifest)))
+    say(", ".join(fates(manifest)))
     if set(manifest.reasoning) - {NONE}:
         say(f"answers: {_counted(manifest.reasoning)}")
     for reason, count in manifest.rejected_reasons.items():
         say(f"  {count:,} x {reason}")
-    _histogram({int(k): v for k, v in manifest.length_histogram.items()}, manifest.num_split > 0)
+    _histogram(manifest)
     _findings(store)
     _examples(store, tokenizer, num_examples)
 
 
 def _mixture(manifest: Manifest) -> None:
-    """What each source has in an epoch, where there are several."""
-    if len(manifest.sources) < 2:
-        return
+    if len(manifest.sources) > 1:
+        columns = ["source", "split", "documents", "tokens", "supervised tokens"]
+        table("mixture of an epoch", columns, mixture(manifest))
+
+
+def mixture(manifest: Manifest) -> list[tuple[str, str, str, str, str]]:
+    """What each source has in an epoch: its name, the split, documents, share of tokens, of supervised tokens."""
     rows = []
-    for split in ("train", "eval"):
-        parts = (manifest.train if split == "train" else manifest.eval).sources
-        tokens, supervised = (
-            sum(p.num_tokens for p in parts.values()),
-            sum(p.num_supervised for p in parts.values()),
-        )
+    for name, split in (("train", manifest.train), ("eval", manifest.eval)):
+        tokens = sum(part.num_tokens for part in split.sources.values())
+        supervised = sum(part.num_supervised for part in split.sources.values())
         rows += [
             (
+                source,
                 name,
-                split,
                 f"{part.num_docs:,}",
-                _percent(part.num_tokens, tokens),
-                _percent(part.num_supervised, supervised),
+                percent(part.num_tokens, tokens),
+                percent(part.num_supervised, supervised),
             )
-            for name, part in parts.items()
+            for source, part in split.sources.items()
         ]
-    table("mixture of an epoch", ["source", "split", "documents", "tokens", "supervised tokens"], rows)
+    return rows
 
 
 def _findings(store: Store) -> None:
@@ -77,44 +78,57 @@ def _counted(answers: dict[str, int]) -> str:
     return "; ".join(f"{count:,} {fate}" for fate, count in answers.items())
 
 
-def _fates(manifest: Manifest) -> list[str]:
+def fates(manifest: Manifest) -> list[str]:
     """What became of the rows, as far as it can have happened to rows of their formats."""
     rows, formats = manifest.num_rows, set(manifest.formats.values())
-    fates = [f"rows read {rows:,}", f"bad rows skipped {manifest.num_rejected:,}"]
+    told = [f"rows read {rows:,}", f"bad rows skipped {manifest.num_rejected:,}"]
     if formats - {"text"}:
-        fates.append(f"truncated to {manifest.seq_len} tokens {_share(manifest.num_truncated, rows)}")
-        fates.append(f"dropped as too long {_share(manifest.num_dropped_long, rows)}")
+        told.append(f"truncated to {manifest.seq_len} tokens {_share(manifest.num_truncated, rows)}")
+        told.append(f"dropped as too long {_share(manifest.num_dropped_long, rows)}")
     if "text" in formats:
-        fates.append(f"split into documents of {manifest.seq_len} tokens {_share(manifest.num_split, rows)}")
-    return fates
+        told.append(f"split into documents of {manifest.seq_len} tokens {_share(manifest.num_split, rows)}")
+    return told
 
 
-def _split_row(name: str, split: Split, seq_len: int) -> tuple[object, ...]:
+def split_row(name: str, split: Split, seq_len: int) -> tuple[str, ...]:
+    """Its name, documents, packs, tokens, the share trained on, and the share of the packs that is not empty."""
     room = split.num_packs * seq_len
     return (
         name,
         f"{split.num_docs:,}",
         f"{split.num_packs:,}",
         human_count(split.num_tokens),
-        _percent(split.num_supervised, split.num_tokens),
-        _percent(split.num_tokens, room),
+        percent(split.num_supervised, split.num_tokens),
+        percent(split.num_tokens, room),
     )
 
 
-def _percent(part: int, whole: int) -> str:
+def percent(part: int, whole: int) -> str:
+    """A share, if there is something to have one of."""
     return f"{100 * part / whole:.1f}%" if whole else "-"
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{part:,} ({_percent(part, whole)})"
+    return f"{part:,} ({percent(part, whole)})"
 
 
-def _histogram(bins: dict[int, int], split: bool) -> None:
-    say(f"\ntokens a document{', before it is split' * split}", style="bold")
-    most = max(bins.values(), default=1)
-    for upper in sorted(bins):
-        bar = "█" * max(1, round(BAR * bins[upper] / most))
-        say(f"  {upper // 2 + 1:>7,} to {upper:>7,} {bins[upper]:>9,} {bar}")
+def _histogram(manifest: Manifest) -> None:
+    bins = lengths(manifest)
+    say(f"\n{lengths_of(manifest)}", style="bold")
+    most = max((count for _, count in bins), default=1)
+    for label, count in bins:
+        say(f"  {label:>18} {count:>9,} {'█' * max(1, round(BAR * count / most))}")
+
+
+def lengths_of(manifest: Manifest) -> str:
+    """What `lengths` are the lengths of."""
+    return f"tokens a document{', before it is split' * (manifest.num_split > 0)}"
+
+
+def lengths(manifest: Manifest) -> list[tuple[str, int]]:
+    """The histogram of lengths: a bin in words, and its rows."""
+    bins = {int(upper): count for upper, count in manifest.length_histogram.items()}
+    return [(f"{upper // 2 + 1:>7,} to {upper:>7,}", bins[upper]) for upper in sorted(bins)]
 
 
 def _examples(store: Store, tokenizer: TokenizerSpec, number: int) -> None:
@@ -132,21 +146,19 @@ def _examples(store: Store, tokenizer: TokenizerSpec, number: int) -> None:
 
 
 def _show(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, shortened: bool) -> None:
-    for part in _parts(encoded) if shortened else [encoded]:
+    for part in parts(encoded, TEXT_ENDS) if shortened else [encoded]:
         if isinstance(part, int):
             say(f"... {part:,} more tokens, all trained on ...", style="dim")
         else:
             out.print(coloured(part, tokenizer) if out.is_terminal else marked(part, tokenizer), markup=False)
 
 
-def _parts(text: Encoded) -> list[Encoded | int]:
-    """A long raw text without its middle, where nothing is to be seen: beginning, number of tokens left out, end."""
-    left_out = len(text.ids) - 2 * TEXT_ENDS
+def parts(text: Encoded, ends: int) -> list[Encoded | int]:
+    """A long text without its middle: the `ends` tokens of its beginning, number of tokens left out, its end."""
+    left_out = len(text.ids) - 2 * ends
     if left_out <= 0:
         return [text]
-    ends = ((0, TEXT_ENDS), (len(text.ids) - TEXT_ENDS, len(text.ids)))
-    begin, end = (text.part(*part) for part in ends)
-    return [begin, left_out, end]
+    return [text.part(0, ends), left_out, text.part(len(text.ids) - ends, len(text.ids))]
 
 
 def _units(store: Store, number: int) -> Iterator[tuple[int, list[Encoded]]]:
@@ -155,10 +167,11 @@ def _units(store: Store, number: int) -> Iterator[tuple[int, list[Encoded]]]:
     for position in range(min(number, store.manifest.train.num_packs)):
         pack = reader.pack(Place(*divmod(position, store.manifest.row_group)))
         size = units(pack["docs"], pack["labels"])[1]
-        yield int(pack["docs"][0]), [_document(pack, index) for index in range(size)]
+        yield int(pack["docs"][0]), [document(pack, index) for index in range(size)]
 
 
-def _document(pack: dict[str, np.ndarray], index: int) -> Encoded:
+def document(pack: dict[str, np.ndarray], index: int) -> Encoded:
+    """A document of a pack as it was before its targets were shifted."""
     end = int(pack["lengths"][: index + 1].sum())
     start = end - int(pack["lengths"][index])
     ids = np.append(pack["ids"][start:end], pack["targets"][end - 1])

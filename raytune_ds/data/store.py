@@ -185,16 +185,23 @@ class PackReader:
             for name, (values, offsets) in self._read(place.row_group).items()
         }
 
+    def docs(self, row_group: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows that all packs of a row group came from, and where those of each pack begin, and nothing else."""
+        return self._columns(row_group, ["docs"])["docs"]
+
     def step(self, order: Order, step: int, slots: range) -> list[dict[str, np.ndarray]]:
         """The packs that `slots` read at a global step."""
         places = (order.place(step, slot) for slot in slots)
         return [self.pack(place) for place in places if place is not None]
 
     def _read_row_group(self, row_group: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        return self._columns(row_group, PACK_SCHEMA.names)
+
+    def _columns(self, row_group: int, names: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         shard = int(np.searchsorted(self._first_groups, row_group, side="right")) - 1
-        table = self._file(shard).read_row_group(row_group - int(self._first_groups[shard]))
+        table = self._file(shard).read_row_group(row_group - int(self._first_groups[shard]), columns=names)
         columns = {}
-        for name in PACK_SCHEMA.names:
+        for name in names:
             column = table.column(name).combine_chunks()
             columns[name] = (column.values.to_numpy(), column.offsets.to_numpy())
         return columns

@@ -59,8 +59,9 @@ def prepared(storage: Path, tiny: Path, data: list[str]) -> Any:
 
 
 def content(store: Any) -> dict[str, bytes]:
-    """All files of a store but the one that says how long it took."""
+    """All files of a store but the one that says how long it took, and the page, which says what it was made by."""
     files = {path.name: path.read_bytes() for path in Path(store.path).iterdir()}
+    files.pop("data.html", None)
     assert json.loads(files.pop("making.json"))["seconds"] > 0
     return files
 
@@ -135,6 +136,7 @@ def test_of_several_jobs_one_makes_the_store_and_the_others_wait(
         assert process.returncode == 0, out
         said.append(out.decode())
     assert sorted("prepared before" in text for text in said) == [False, True]
+    assert all(f"/{Path(calm.path).name}/data.html" in text for text in said)
     assert content(Store.find(f"{tmp_path}/.prepared/{Path(calm.path).name}")) == content(calm)
 
 

@@ -27,7 +27,7 @@ ROOMS = """
     data.batchid data.findings data.store data.share data.tokenizer data.mixture data.inputs data.rows data.prepared
     data.literal data.thinking data.chat data.turntokens data.template data.sketch data.inspection data.sightings
     data.job data.chunks data.fit data.scatter data.duplicates data.gate data.buckets data.batch data.stream
-    data.prepare data.show
+    data.prepare data.show data.sample data.spelled data.page
     world rundir watch downtime stacks
     model.tiny model.attention model.packed model.weights model.load model.adapters model.build model.flops
     schedule guard bysource
