@@ -3,6 +3,7 @@
 The map of the house. A module imports only what stands above it; `tests/unit/test_layers.py` holds that.
 
     errors, console, storage, hub      what a user caused; what people see; files anywhere; the Hugging Face hub
+    lease                              one driver at a time, at a run or at a store
     tensorfile                         ranges of the tensors in a safetensors file anywhere
     section, cluster-/sweepconfig, config  the config tree
     keys, yamlfile, compose, naming    how YAML and key=value become one; names made from it
@@ -13,23 +14,27 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     data/sources, readers              the rows of any file
     data/order                         pure: (seed, epoch, step, slot) to the pack that is read
     data/labels                        what a document is to an objective that judges answers
-    data/packing, store                token sequences to packs; packs to Parquet shards and back
-    data/tokenizer, inputs             tokenizers; which files a run reads
+    data/packing, findings, store      token sequences to packs; what is wrong with rows; packs to shards and back
+    data/tokenizer, mixture, inputs    tokenizers; how many rows of which source; which files a run reads
     data/literal, thinking, chat       text that must not become a control token; the reasoning of an answer; the chat
                                        template as servers use it
-    data/template                      `Example` to ids and loss weights
+    data/turntokens, template          ids of rendered turns; `Example` to ids and loss weights
     data/batchid, rows, prepared       a batch's fingerprint; the rows it was made of; what tells stores apart
-    data/scatter, buckets, prepare (R) the Ray Data job: rows, scattered over buckets, packed
+    data/sketch, inspection, sightings what a text has in common with others; what is odd about a row; how often
+    data/job, chunks, fit, scatter     what tasks are told and tell; rows to sequences that fit, scattered over buckets
+    data/duplicates, gate, buckets     rows that come twice; whether a run may begin; sequences to packs
+    data/prepare (R)                   the Ray Data job that does it all, once
     data/share, batch, stream (R)      what a rank reads of a global batch, as `Batch`es, read ahead
     data/show, sample, spelled, page   a store as a person sees it: in the terminal; a bounded look at its packs; tokens
                                        one by one; a page of all that
-    world, rundir, lease               the ranks; the run directory; one driver a run
+    world, rundir                      the ranks; the run directory
     watch, downtime, stacks            workers that hang; what a restart costs; the stacks of a process
     model/                             tiny models, packed attention and losses, weights by ranges, adapters; build:
                                        the module that is trained, without weights yet
     objectives/, engines/              a batch to a loss sum; gradients to an update, and who holds which part
     checkpoint, saver                  checkpoints, of no engine and no world size; taking them while training goes on
     tracking, modelcard, export        what else a run leaves behind
+    bysource                           losses of each source
     guard, loop                        steps that go wrong; the training loop
     assignment, hooks, worker          what a worker is told; what its loop sets off; one worker, start to end (no Ray)
     generate, evaluate                 answers and scores of a finished run

@@ -37,7 +37,7 @@ LINE_STYLES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"
 SMOOTHED_OVER = 0.05
 # Settings that decide which tokens the loss is a mean over, or what it is: sections and keys, and an exception.
 DECIDE_THE_LOSS = ("model.name", "objective.", "data.")
-DECIDE_NOTHING = ("data.prepare_memory_mib",)
+DECIDE_NOTHING = ("data.prepare_memory_mib", "data.on_finding")
 
 
 @dataclass(frozen=True)

@@ -186,12 +186,12 @@ class SourceConfig(Section):
         "epoch is as long as it can be without a row coming more often than `epochs` of its source. null: as many "
         "rows as it has.",
     )
-    epochs: float = Field(
-        default=1.0,
+    epochs: float | None = Field(
+        default=None,
         gt=0,
         le=1000,
         description="How often its rows come in one epoch of the run; 0.5: half of them, drawn once by run.seed. With "
-        "weights, the most that they may come.",
+        "weights, the most that they may come. null: 1, as in any epoch.",
     )
     max_rows: Count | None = Field(
         default=None,
@@ -255,7 +255,7 @@ class EvalConfig(Section):
     def _measures_rows_as_they_are(self) -> Self:
         for number, source in enumerate(self.sources or ()):
             for key in ("weight", "epochs"):
-                if key in source.model_fields_set and getattr(source, key) not in (None, 1.0):
+                if getattr(source, key) is not None:
                     raise about(
                         f"sources.{number}.{key}",
                         "mixes training data; held-out rows are measured once each (max_rows limits them)",

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ds import storage
 from raytune_ds.config import ModelConfig
 from raytune_ds.console import say
+from raytune_ds.data.chat import ChatTemplate
+from raytune_ds.data.formats import RowError
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 from raytune_ds.errors import UserError
 from raytune_ds.model.load import compute_dtype, load_for_generation
@@ -59,9 +60,9 @@ class Sampling:
 class Generator:
     """A model that answers conversations."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-        """`model` is a transformers or peft model in evaluation mode."""
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, thinking: bool | None = None) -> None:
+        """`model` is a transformers or peft model in evaluation mode; `thinking` sets the chat template's switch."""
+        self.model, self.tokenizer, self._thinking = model, tokenizer, thinking
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
@@ -84,10 +85,14 @@ class Generator:
             raise UserError(
                 f"--run {path}: the run has not finished (no final/). Start the same command again to go on."
             )
-        return Generator.of_directory(Path(run.final), config["model"]["trust_remote_code"], device)
+        # As it was trained; auto trained it in both modes, and leaves the template at its own.
+        thinking = {"keep": True, "drop": False}.get(config["data"].get("thinking", "auto"))
+        return Generator.of_directory(Path(run.final), config["model"]["trust_remote_code"], device, thinking)
 
     @staticmethod
-    def of_directory(path: Path, trust_remote_code: bool = False, device: str = "auto") -> Generator:
+    def of_directory(
+        path: Path, trust_remote_code: bool = False, device: str = "auto", thinking: bool | None = None
+    ) -> Generator:
         """A peft adapter directory or a model directory, with its tokenizer.
 
         Raises:
@@ -103,7 +108,7 @@ class Generator:
 
             model = PeftModel.from_pretrained(model, str(path)).eval()
         tokenizer = load_tokenizer(TokenizerSpec(str(path), None, trust_remote_code))
-        return Generator(model, tokenizer)
+        return Generator(model, tokenizer, thinking)
 
     @torch.inference_mode()
     def answer(
@@ -139,13 +144,11 @@ class Generator:
                 str(message["content"]) for message in conversation
             )
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(conversation), add_generation_prompt=True, tokenize=False
-                )
+            return ChatTemplate(self.tokenizer).render(
+                conversation, (), generate=True, thinking=self._thinking
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"the model's chat template refuses this conversation: {error}") from error
+        except RowError as error:
+            raise UserError(f"this conversation: {error}") from error
 
     def _options(self, sampling: Sampling) -> dict[str, Any]:
         return {**sampling.options(), "pad_token_id": self.tokenizer.pad_token_id}

@@ -85,7 +85,7 @@ class Inputs:
         given += [(source, True) for source in config.eval.sources or ()]
         sources, items = named(given), []
         for source, (settings, _) in zip(sources, given, strict=True):
-            files = expand(settings.path, settings.subset, settings.split)
+            files = expand(settings.path, settings.subset, settings.split or "train")
             row_format = _format_of(settings, files[0])
             limits = _limits(files, settings.max_rows)
             items += [Input(file, row_format, source, limit) for file, limit in limits]

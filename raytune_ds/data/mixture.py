@@ -52,7 +52,7 @@ def named(sources: Sequence[tuple[SourceConfig, bool]]) -> tuple[Source, ...]:
     for index, (source, held_out) in enumerate(sources):
         name = source.name or _free(_name_of(source.path), taken)
         taken.add(name)
-        found.append(Source(index, name, source.path, held_out, source.weight, source.epochs))
+        found.append(Source(index, name, source.path, held_out, source.weight, source.epochs or 1.0))
     return tuple(found)
 
 

@@ -246,7 +246,9 @@ def _holds(rendered: str, bare: Message, reasoning: str = "", opened: str = "") 
     Beside a tool call templates may leave a content out; it could not be told when serving either.
     """
     content, names = (bare.get("content") or "").strip(), _called(bare)
-    _, found, rest = rendered.partition(reasoning) if reasoning else ("", "found", rendered)
+    head, found, rest = rendered.partition(reasoning) if reasoning else ("", "found", rendered)
+    if any(name in head for name in names):  # what was found is part of a call
+        return False
     if names:
         talk = content if content in rest else ""
         called = all(rest.count(name) > talk.count(name) for name in names)

@@ -46,9 +46,7 @@ def test_texts_that_are_alike_share_a_band_and_others_do_not() -> None:
     found = [bool(bands(one) & bands(two)) for one, two in zip(texts, alike, strict=True)]
     assert np.mean(found) > 0.95
     others = [bands(one) & bands(two) for one in texts[:30] for two in texts[30:60]]
-    assert (
-        np.mean([bool(shared) for shared in others]) < 0.01
-    )  # they have a third of their shingles in common
+    assert np.mean([bool(shared) for shared in others]) < 0.05  # nearly half of their shingles are the same
 
 
 @given(st.text(max_size=40))

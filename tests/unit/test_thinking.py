@@ -218,3 +218,13 @@ def test_arguments_are_json_where_a_template_would_write_them_as_python_does(tok
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
     assert trained({"tiny": writing}, "tiny", "auto", call())[1] == 'weather{"city": "上海", "days": 3}'
+
+
+@pytest.mark.parametrize(("thinking", "end"), [(True, "<think>"), (False, "</think>"), (None, "</think>")])
+def test_a_model_is_asked_in_the_mode_that_it_was_trained_in(
+    tokenizers: Tokenizers, thinking: bool | None, end: str
+) -> None:
+    from raytune_ds.generate import Generator
+
+    generator = Generator(None, tokenizers["v3.1"], thinking)
+    assert generator._render(said("Well?")).endswith(f"<｜Assistant｜>{end}")
