@@ -201,8 +201,9 @@ class SourceConfig(Section):
         default=None,
         description="Configuration of a data set of the hub that has several, such as 'main'. null: its only one.",
     )
-    split: Text = Field(
-        default="train", description="Split of a data set of the hub; for files it says nothing."
+    split: Text | None = Field(
+        default=None,
+        description="Split of a data set of the hub; for files it says nothing. null: train.",
     )
 
     @field_validator("path")
