@@ -40,6 +40,8 @@ _MIB = 1 << 20
 # Small enough that all CPUs have work; of much data large enough that there are not too many files.
 _LEAST_CHUNK = _MIB // 2
 _CHUNKS = 1024
+_TASKS_A_CPU = 4
+_LARGEST_TASK = 16 * _MIB
 
 
 def prepare(config: Config, inputs: Inputs, tokenizer: TokenizerSpec, path: str) -> Store:
@@ -97,7 +99,7 @@ def _make(job: Job, config: Config, fingerprint: str) -> Store:
     if done := len(finished(job)):
         say(f"data: going on with a preparation that was stopped, {done:,} of its chunks are done")
     try:
-        with _blocks_of(job.chunk_chars):
+        with _blocks_of(_task_bytes(job)):
             manifest, peak_memory_mib = _run(job, config, fingerprint)
     except UserError:  # whoever mends what it says asks for another store
         storage.delete_dir(job.scratch)
@@ -152,6 +154,13 @@ def _require_chat_template(spec: TokenizerSpec) -> None:
             f"model.name = {spec.name}: its tokenizer has no chat template, so conversations can't be rendered.\n"
             "Take the chat or instruct version of the model, or set data.chat_template to a .jinja file."
         )
+
+
+def _task_bytes(job: Job) -> int:
+    """Text that one task encodes, a chunk after the other: all CPUs have work, and not much of it is to begin tasks."""
+    text_bytes = sum(item.text_bytes for item in job.inputs)
+    fair = text_bytes / (_TASKS_A_CPU * max(1, ray.cluster_resources().get("CPU", 1)))
+    return int(max(job.chunk_chars, min(fair, _LARGEST_TASK)))
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from raytune_ds.data.inputs import where
 from raytune_ds.data.inspection import Inspector, told
 from raytune_ds.data.job import Job, Tally
 from raytune_ds.data.readers import Row
-from raytune_ds.data.sketch import marks
+from raytune_ds.data.sketch import Marks
 from raytune_ds.data.store import doc_id
 from raytune_ds.data.template import Encoded, Encoder
 from raytune_ds.data.thinking import Thinking
@@ -114,8 +114,7 @@ def _encode_chunk(chunk: dict[str, Any], job: Job) -> Tally:
     work.tally.rejected.sort(key=lambda row: row["row"])
     work.tally.turns.update(work.encoder.turns)
     work.tally.peak_memory_mib = memory_mib()
-    marks_table = pa.table(work.marks, schema=MARK_SCHEMA)
-    chunks.write_chunk(job, chunk["name"], work.documents, marks_table, work.tally)
+    chunks.write_chunk(job, chunk["name"], work.documents, _marks_of(work.told), work.tally)
     return work.tally
 
 
@@ -135,7 +134,7 @@ class _Work:
         self.encoder.turns.clear()
         self.tally = Tally()
         self.documents: dict[str, list[Any]] = {name: [] for name in DOCUMENT_SCHEMA.names}
-        self.marks: dict[str, list[Any]] = {name: [] for name in MARK_SCHEMA.names}
+        self.told: list[tuple[int, int, str]] = []
 
     def take(self, index: int, example: Example, sequences: list[Encoded]) -> None:
         """Notes a row.
@@ -158,8 +157,7 @@ class _Work:
             ids, weights = np.asarray(sequence.ids, np.int32), np.asarray(sequence.weights, np.float32)
             _append(self.documents, (key, eval_key, piece, doc, ids, weights, sequence.label))
         self.tally.num_docs += len(fitting)
-        for mark, exact, sketch in marks(text):
-            _append(self.marks, (mark, exact, doc, eval_key, sketch))
+        self.told.append((doc, eval_key, text))
 
     def reject(self, row: Row) -> None:
         """Notes a bad row."""
@@ -184,6 +182,24 @@ class _Work:
         self.tally.sightings.note(self.inspector.oddities(example, sequences, text), doc)
         if example.text is None and _num_tokens(fitting) < _num_tokens(sequences):
             self.tally.sightings.note(["cut-off" if fitting else "too-long"], doc)
+
+
+def _marks_of(told_by_row: list[tuple[int, int, str]]) -> pa.Table:
+    """The marks of rows, given by id, eval key and text: one of the whole text, and one a band of it."""
+    docs, eval_keys, texts = zip(*told_by_row, strict=True) if told_by_row else ((), (), ())
+    marks = Marks.of(texts)
+    times = 1 + marks.near.shape[1]
+    sketches = [sketch.tobytes() for sketch in marks.sketches]
+    return pa.table(
+        {
+            "mark": np.concatenate([marks.exact[:, None], marks.near], axis=1).ravel(),
+            "exact": np.tile([True] + [False] * (times - 1), len(docs)),
+            "doc": np.repeat(np.array(docs, np.int64), times),
+            "eval_key": np.repeat(np.array(eval_keys, np.uint64), times),
+            "sketch": [sketch for sketch in sketches for _ in range(times)],
+        },
+        schema=MARK_SCHEMA,
+    )
 
 
 def _num_tokens(sequences: list[Encoded]) -> int:

@@ -8,7 +8,8 @@ common 99 % are compared, of those with 80 % three quarters, of those with 50 % 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import xxhash
@@ -89,13 +90,30 @@ def main_script(counts: np.ndarray) -> str:
     return _SCRIPTS[int(counts.argmax())] if counts.any() else ""
 
 
-def marks(text: str) -> Iterator[tuple[int, bool, bytes]]:
-    """By which a text is found to be like another: (mark, whether equal marks mean equal texts, sketch)."""
-    yield xxhash.xxh3_64_intdigest(text.encode()), True, b""
-    minima = _minima(text)
-    sketch = (minima & np.uint32(0xFF)).astype(np.uint8).tobytes()
-    for number, band in enumerate(minima.reshape(BANDS, -1)):
-        yield xxhash.xxh3_64_intdigest(band.tobytes(), number), False, sketch
+@dataclass(frozen=True)
+class Marks:
+    """By which texts are found to be like others.
+
+    Attributes:
+        exact: equal for equal texts: uint64 [n].
+        near: equal in one of its bands at least for texts that are alike: uint64 [n, BANDS].
+        sketches: by which `likeness` tells how much: uint8 [n, MINIMA].
+    """
+
+    exact: np.ndarray
+    near: np.ndarray
+    sketches: np.ndarray
+
+    @staticmethod
+    def of(texts: Sequence[str]) -> Marks:
+        """Those of texts, many of which are marked as fast as a few."""
+        exact = np.array([xxhash.xxh3_64_intdigest(text.encode()) for text in texts], np.uint64)
+        minima = _minima(texts)
+        bands = minima.reshape(len(texts), BANDS, MINIMA // BANDS).astype(np.uint64)
+        near = np.zeros((len(texts), BANDS), np.uint64) + np.arange(BANDS, dtype=np.uint64)
+        for place in range(bands.shape[2]):
+            near = _mixed(near * _MULTIPLIER + bands[:, :, place])
+        return Marks(exact, near, (minima & np.uint32(0xFF)).astype(np.uint8))
 
 
 def likeness(sketches: np.ndarray, sketch: np.ndarray) -> np.ndarray:
@@ -108,29 +126,39 @@ def likeness(sketches: np.ndarray, sketch: np.ndarray) -> np.ndarray:
     return np.asarray((sketches == sketch).mean(axis=1))
 
 
-def _minima(text: str) -> np.ndarray:
-    """The least of the shingle hashes that fall into each of MINIMA bins: uint32 [MINIMA].
+def _minima(texts: Sequence[str]) -> np.ndarray:
+    """The least of the shingle hashes of each text that fall into each of MINIMA bins: uint32 [n, MINIMA].
 
     That is one permutation's minima in place of as many permutations' (Li, Owen and Zhang 2012), at a tenth of the cost
     of a MinHash of datasketch. A bin that nothing falls into takes its neighbour's minimum, and says how far it is
     (Shrivastava and Li 2014).
     """
-    hashes = _shingles(text)
-    minima = np.full(MINIMA, _EMPTY, np.uint32)
-    np.minimum.at(minima, (hashes % MINIMA).astype(np.intp), (hashes >> np.uint64(32)).astype(np.uint32))
-    full = np.flatnonzero(minima != _EMPTY)
-    bins = np.arange(MINIMA)
-    nearest = np.append(full, full[0] + MINIMA)[np.searchsorted(full, bins)]
-    return minima[nearest % MINIMA] + ((nearest - bins) * _FAR).astype(np.uint32)
+    hashes, text_of = _shingles(texts)
+    flat = np.full(len(texts) * MINIMA, _EMPTY, np.uint32)
+    bins = text_of * MINIMA + (hashes % np.uint64(MINIMA)).astype(np.int64)
+    np.minimum.at(flat, bins, (hashes >> np.uint64(32)).astype(np.uint32))
+    minima = flat.reshape(len(texts), MINIMA)
+    places = np.where(minima == _EMPTY, 2 * MINIMA, np.arange(MINIMA))
+    around = np.concatenate([places, places + MINIMA], axis=1)
+    nearest = np.minimum.accumulate(around[:, ::-1], axis=1)[:, ::-1][:, :MINIMA]
+    far = (nearest - np.arange(MINIMA)) * _FAR
+    return np.take_along_axis(minima, nearest % MINIMA, axis=1) + far.astype(np.uint32)
 
 
-def _shingles(text: str) -> np.ndarray:
-    """Hashes of each run of SHINGLE characters, case and white space apart: uint64."""
-    characters = code_points(" ".join(text.lower().split())).astype(np.uint64)
-    if len(characters) < SHINGLE:
-        characters = np.pad(characters, (0, SHINGLE - len(characters)))
-    hashes = np.zeros(len(characters) - SHINGLE + 1, np.uint64)
+def _shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of each run of SHINGLE characters, case and white space apart, and the text it is of: uint64, int64."""
+    plain = [" ".join(text.lower().split()).ljust(SHINGLE, "\0") for text in texts]
+    ends = np.cumsum([len(text) for text in plain])
+    characters = code_points("".join(plain)).astype(np.uint64)
+    hashes = np.zeros(max(0, len(characters) - SHINGLE + 1), np.uint64)
     for start in range(SHINGLE):
         hashes = hashes * _MULTIPLIER + characters[start : start + len(hashes)]
+    starts = np.arange(len(hashes))
+    text_of = np.searchsorted(ends, starts, side="right")
+    within = starts + SHINGLE <= ends[text_of] if len(ends) else starts > 0
+    return _mixed(hashes[within]), text_of[within]
+
+
+def _mixed(hashes: np.ndarray) -> np.ndarray:
     hashes = (hashes ^ (hashes >> np.uint64(29))) * _MIXER
     return hashes ^ (hashes >> np.uint64(32))

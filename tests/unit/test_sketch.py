@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_ds.data.sketch import ALIKE, MINIMA, code_points, likeness, main_script, marks, scripts_in
+from raytune_ds.data.sketch import ALIKE, MINIMA, Marks, code_points, likeness, main_script, scripts_in
 
 WORDS = "river stone cloud lamp bread glass horse paper wheel salt".split()
 
 
 def sketch_of(text: str) -> np.ndarray:
-    return np.frombuffer(list(marks(text))[1][2], np.uint8)
+    return Marks.of([text]).sketches[0]
 
 
 def shingles(text: str) -> set[str]:
@@ -22,7 +22,7 @@ def shingles(text: str) -> set[str]:
 
 
 def bands(text: str) -> set[int]:
-    return {mark for mark, exact, _ in marks(text) if not exact}
+    return set(Marks.of([text]).near[0].tolist())
 
 
 def test_the_likeness_of_sketches_is_about_that_of_the_shingles() -> None:
@@ -49,19 +49,21 @@ def test_texts_that_are_alike_share_a_band_and_others_do_not() -> None:
     assert np.mean([bool(shared) for shared in others]) < 0.05  # nearly half of their shingles are the same
 
 
-@given(st.text(max_size=40))
-def test_any_text_has_marks_and_is_like_itself(text: str) -> None:
-    exact, *near = marks(text)
-    assert exact[1]
-    assert len({sketch for *_, sketch in near}) == 1
-    assert likeness(sketch_of(text)[None], sketch_of(text))[0] == 1 > ALIKE
-    assert list(marks(text)) == [exact, *near]
+@given(st.lists(st.text(max_size=40), max_size=6))
+def test_any_text_is_like_itself_and_marked_alone_as_among_others(texts: list[str]) -> None:
+    together = Marks.of(texts)
+    assert together.sketches.shape == (len(texts), MINIMA)
+    for place, text in enumerate(texts):
+        alone = Marks.of([text])
+        assert together.exact[place] == alone.exact[0]
+        assert together.near[place].tolist() == alone.near[0].tolist()
+        assert likeness(together.sketches[[place]], alone.sketches[0])[0] == 1 > ALIKE
 
 
 def test_case_and_white_space_make_no_other_text_but_not_the_same() -> None:
     one, two = "Some  words\n are here", "some words are HERE"
     assert bands(one) == bands(two)
-    assert next(marks(one))[0] != next(marks(two))[0]
+    assert Marks.of([one]).exact[0] != Marks.of([two]).exact[0]
 
 
 @pytest.mark.parametrize(
