@@ -35,8 +35,8 @@ QUIET = {
     "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-ALTERNATIONS = 5
-ROWS = {"alpaca": 10_000, "glaive": 5_000, "demo": 20_000}
+ALTERNATIONS = 3
+ROWS = {"alpaca": 30_000, "glaive": 15_000, "demo": 50_000}
 MEMORY_ROWS = {"alpaca": 10_000, "glaive": 2_000, "demo": 20_000}
 SEQ_LEN = 2048
 SEQ_LENS = (2048, 8192)
