@@ -60,9 +60,9 @@ class Sampling:
 class Generator:
     """A model that answers conversations."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, thinking: bool | None = None) -> None:
-        """`model` is a transformers or peft model in evaluation mode; `thinking` sets the chat template's switch."""
-        self.model, self.tokenizer, self._thinking = model, tokenizer, thinking
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """`model` is a transformers or peft model in evaluation mode."""
+        self.model, self.tokenizer = model, tokenizer
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
@@ -85,14 +85,10 @@ class Generator:
             raise UserError(
                 f"--run {path}: the run has not finished (no final/). Start the same command again to go on."
             )
-        # As it was trained; auto trained it in both modes, and leaves the template at its own.
-        thinking = {"keep": True, "drop": False}.get(config["data"].get("thinking", "auto"))
-        return Generator.of_directory(Path(run.final), config["model"]["trust_remote_code"], device, thinking)
+        return Generator.of_directory(Path(run.final), config["model"]["trust_remote_code"], device)
 
     @staticmethod
-    def of_directory(
-        path: Path, trust_remote_code: bool = False, device: str = "auto", thinking: bool | None = None
-    ) -> Generator:
+    def of_directory(path: Path, trust_remote_code: bool = False, device: str = "auto") -> Generator:
         """A peft adapter directory or a model directory, with its tokenizer.
 
         Raises:
@@ -108,7 +104,7 @@ class Generator:
 
             model = PeftModel.from_pretrained(model, str(path)).eval()
         tokenizer = load_tokenizer(TokenizerSpec(str(path), None, trust_remote_code))
-        return Generator(model, tokenizer, thinking)
+        return Generator(model, tokenizer)
 
     @torch.inference_mode()
     def answer(
@@ -144,9 +140,7 @@ class Generator:
                 str(message["content"]) for message in conversation
             )
         try:
-            return ChatTemplate(self.tokenizer).render(
-                conversation, (), generate=True, thinking=self._thinking
-            )
+            return ChatTemplate(self.tokenizer).render(conversation, (), generate=True)
         except RowError as error:
             raise UserError(f"this conversation: {error}") from error
 

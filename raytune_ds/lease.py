@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ BEAT_S = 5.0
 SILENCE_S = 6 * BEAT_S
 # Two that begin at the same moment both write; who wrote last has it.
 SETTLE_S = 0.1
+REMOTE_SETTLE_S = 2.0
 # Between two looks at whether another driver is done.
 POLL_S = 0.5
 
@@ -111,10 +112,10 @@ def held(path: str, what: str, patient: bool = False) -> Iterator[None]:
 def _take(path: str, me: Holder) -> Holder | None:
     """Who has it instead."""
     other = _holder(path)
-    if other is not None and _lives(path, other):
+    if other is not None and _lives(path, other, say):
         return other
     storage.write_json(path, asdict(me))
-    time.sleep(SETTLE_S)
+    time.sleep(SETTLE_S if storage.is_local(path) else REMOTE_SETTLE_S)
     other = _holder(path)
     return other if other is not None and other.id != me.id else None
 
@@ -126,13 +127,13 @@ def _wait_for(path: str, what: str, other: Holder) -> None:
         time.sleep(POLL_S)
 
 
-def _lives(path: str, other: Holder) -> bool:
+def _lives(path: str, other: Holder, tell: Callable[[str], None] = lambda text: None) -> bool:
     if other.processes == _processes():
         try:
             return abs(psutil.Process(other.pid).create_time() - other.started) < 1.0
         except psutil.Error:
             return False
-    say(f"looking for {SILENCE_S:.0f}s whether its other driver lives ({other})")
+    tell(f"looking for {SILENCE_S:.0f}s whether its other driver lives ({other})")
     end = time.monotonic() + SILENCE_S
     while time.monotonic() < end:
         time.sleep(min(1.0, BEAT_S))

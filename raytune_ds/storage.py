@@ -150,6 +150,12 @@ def _write_bytes(path: str, content: bytes) -> None:
         raise
 
 
+def flush(path: str) -> None:
+    """Has the system write a local file to its disk, so that no crash of the machine leaves a part of it."""
+    with Path(path).open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def read_json(path: str) -> Any:
     """A JSON file; None if it is not there."""
     return json.loads(read_bytes(path)) if exists(path) else None

@@ -21,6 +21,7 @@ from raytune_ds.bysource import Sources
 from raytune_ds.checkpoint import Manifest, Reader
 from raytune_ds.config import Config
 from raytune_ds.data.batch import Batch, read
+from raytune_ds.data.chat import as_trained
 from raytune_ds.data.order import Order
 from raytune_ds.data.share import Share
 from raytune_ds.data.store import Store
@@ -384,6 +385,7 @@ def _save_final(
         assignment.lineage,
     )
     tokenizer = world.together(lambda: load_tokenizer(assignment.tokenizer))
+    tokenizer.chat_template = as_trained(tokenizer, config.data.thinking)
     try:
         final = save_final(
             run,

@@ -15,7 +15,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ds.data.formats import Message, RowError
+from raytune_ds.data.thinking import Thinking
 
+_SWITCHES = ("thinking", "enable_thinking")
+"""The names that published templates have for it."""
 _ASKED: Message = {"role": "user", "content": "u"}
 _ARGUMENTS = {"argument": "value"}
 _CALL: Message = {
@@ -23,6 +26,21 @@ _CALL: Message = {
     "content": "",
     "tool_calls": [{"type": "function", "function": {"name": "called", "arguments": _ARGUMENTS}}],
 }
+
+
+def as_trained(tokenizer: PreTrainedTokenizerBase, thinking: Thinking) -> str | None:
+    """The chat template with its switch of thinking set to what it was in training, for whoever does not set it.
+
+    `auto` trained it in both modes, and a template without a switch has none to set: they stay as they are.
+    """
+    template = ChatTemplate(tokenizer)
+    if thinking == "auto" or tokenizer.chat_template is None or not template.has_switch:
+        return tokenizer.chat_template
+    mode = "true" if thinking == "keep" else "false"
+    defaults = (
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {mode} %}}{{%- endif %}}" for name in _SWITCHES
+    )
+    return "".join(defaults) + str(tokenizer.chat_template)
 
 
 class ChatTemplate:
@@ -85,10 +103,7 @@ class ChatTemplate:
     def _applied(
         self, messages: list[Message], tools: Sequence[dict[str, Any]], generate: bool, thinking: bool | None
     ) -> str:
-        # The two names that published templates have for it.
-        switch: dict[str, Any] = (
-            {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
-        )
+        switch: dict[str, Any] = {} if thinking is None else dict.fromkeys(_SWITCHES, thinking)
         return str(
             self._tokenizer.apply_chat_template(
                 messages, tools=list(tools) or None, add_generation_prompt=generate, tokenize=False, **switch

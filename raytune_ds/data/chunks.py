@@ -58,6 +58,12 @@ def finished_chunks_of_file(job: Job, file: int, done: frozenset[str]) -> list[s
     return names if names is not None and done.issuperset(names) else None
 
 
+def expected(job: Job) -> list[str]:
+    """The names of the chunks of all files."""
+    files = [storage.read_json(f"{job.scratch}/read/{file:06d}.json") for file in range(len(job.inputs))]
+    return [name for names in files for name in names or ()]
+
+
 def note_chunks_of_file(job: Job, file: int, names: Sequence[str]) -> None:
     """Says that a file was read to its end."""
     storage.write_json(f"{job.scratch}/read/{file:06d}.json", names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 
 from ftfy.badness import is_bad
@@ -22,6 +23,13 @@ def told(example: Example) -> str:
     if example.rejected is not None:
         parts.append(said(example.rejected.messages[-1]))
     return "\n".join(parts)
+
+
+def exactly(example: Example) -> str:
+    """All that makes a row what it is, so that only equal rows give equal texts."""
+    other = example.rejected.messages if example.rejected is not None else ()
+    parts = (example.text, example.messages, example.tools, other, example.desirable, sorted(example.silent))
+    return json.dumps(parts, ensure_ascii=False)
 
 
 def said(message: Message) -> str:
@@ -64,7 +72,7 @@ class Inspector:
         answers = [run for s in sequences for run in _runs(s)]
         if any(run[-1] not in self._special for run in answers):
             yield "no-end-token"
-        yield from self._of_answers(example, answers)
+        yield from self._of_answers(example, sequences, answers)
         asked, answered = (
             scripts_in(code_points("".join(_contents(example.messages, role))))
             for role in ("user", "assistant")
@@ -74,13 +82,18 @@ class Inspector:
         if len(scripts) > 1:
             yield "answer-in-other-writing"
 
-    def _of_answers(self, example: Example, answers: list[list[int]]) -> Iterator[str]:
+    def _of_answers(
+        self, example: Example, sequences: Sequence[Encoded], answers: list[list[int]]
+    ) -> Iterator[str]:
         messages = [m for m in example.messages if m["role"] == "assistant"]
         contents = [str(m.get("content") or "") for m in messages]
         if any(content.count(OPEN) != content.count(CLOSE) for content in contents):
             yield "reasoning-unbalanced"
         supervised = "".join(self._encoder.literals.text(run) for run in answers)
-        parted = [part(message) for message in self._encoder.trained_messages(example)]
+        # Of an answer in several steps that is judged, the last ones may be all that is kept.
+        kept = len(list(_runs(sequences[0]))) if is_judged(example) else None
+        trained = self._encoder.trained_messages(example)
+        parted = [part(message) for message in (trained if kept is None else trained[-kept:])]
         told_apart = [
             one for one in parted if not one.bare.get("tool_calls")
         ]  # templates may leave talk out there
@@ -88,6 +101,11 @@ class Inspector:
             yield "answer-changed"
         if self._encoder.thinking != "drop" and any(one.reasoning not in supervised for one in parted):
             yield "reasoning-lost"
+
+
+def is_judged(example: Example) -> bool:
+    """Whether it is a pair, or has a label."""
+    return example.rejected is not None or example.desirable is not None
 
 
 def _runs(sequence: Encoded) -> Iterator[list[int]]:

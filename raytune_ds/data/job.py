@@ -13,8 +13,6 @@ from raytune_ds.data.sightings import Sightings
 from raytune_ds.data.thinking import Thinking
 from raytune_ds.data.tokenizer import TokenizerSpec
 
-NEVER = (1 << 64) - 1
-
 
 @dataclass(frozen=True)
 class Job:
@@ -60,7 +58,8 @@ class Tally:
         num_truncated, num_dropped_long: conversations longer than a pack.
         num_split: raw texts longer than a pack.
         num_docs: sequences written to the buckets.
-        lowest_eval_key: by source; NEVER where it has no row yet.
+        usable: rows by source.
+        lowest_eval_key: of them, by source.
         lengths: rows by the upper end of their bin of tokens, a power of two.
         sightings: what is odd about rows.
         turns: answers by what became of their reasoning; see thinking.
@@ -74,6 +73,7 @@ class Tally:
     num_dropped_long: int = 0
     num_split: int = 0
     num_docs: int = 0
+    usable: Counter[int] = field(default_factory=Counter)
     lowest_eval_key: dict[int, int] = field(default_factory=dict)
     lengths: Counter[str] = field(default_factory=Counter)
     sightings: Sightings = field(default_factory=Sightings)
@@ -90,16 +90,18 @@ class Tally:
         self.num_split += other.num_split
         self.num_docs += other.num_docs
         for source, key in other.lowest_eval_key.items():
-            self.note_eval_key(source, key)
+            self.lowest_eval_key[source] = min(self.lowest_eval_key.get(source, key), key)
+        self.usable.update(other.usable)
         self.lengths.update(other.lengths)
         self.sightings.add(other.sightings)
         self.turns.update(other.turns)
         self.rejected += other.rejected
         self.peak_memory_mib = max(self.peak_memory_mib, other.peak_memory_mib)
 
-    def note_eval_key(self, source: int, key: int) -> None:
+    def note_usable(self, source: int, eval_key: int) -> None:
         """A row of a source that may be held out."""
-        self.lowest_eval_key[source] = min(self.lowest_eval_key.get(source, NEVER), key)
+        self.usable[source] += 1
+        self.lowest_eval_key[source] = min(self.lowest_eval_key.get(source, eval_key), eval_key)
 
     def to_json(self) -> str:
         """As it lies in a chunk's file."""
@@ -109,6 +111,7 @@ class Tally:
     def from_json(text: str) -> Tally:
         """The way back from `to_json`."""
         values = json.loads(text)
+        values["usable"] = Counter({int(s): count for s, count in values["usable"].items()})
         values["lowest_eval_key"] = {int(s): key for s, key in values["lowest_eval_key"].items()}
         for name in ("lengths", "turns"):
             values[name] = Counter(values[name])

@@ -13,6 +13,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import ray.data
@@ -22,7 +23,7 @@ from raytune_ds.config import Config
 from raytune_ds.console import ProgressLine, human_count, human_time, say
 from raytune_ds.data import tokenizer as tokenizers
 from raytune_ds.data.buckets import Quotas, count_bucket, finish_split, pack_bucket
-from raytune_ds.data.chunks import finished
+from raytune_ds.data.chunks import expected, finished
 from raytune_ds.data.duplicates import Doubles, find_doubles
 from raytune_ds.data.gate import conclude
 from raytune_ds.data.inputs import Inputs
@@ -44,6 +45,10 @@ _TASKS_A_CPU = 4
 _LARGEST_TASK = 16 * _MIB
 
 
+class _UnfitError(UserError):
+    """The rows are no good as they are."""
+
+
 def prepare(config: Config, inputs: Inputs, tokenizer: TokenizerSpec, path: str) -> Store:
     """Finds the store of `config` below `path`, or makes it; of several jobs that ask for it at once, one makes it.
 
@@ -63,17 +68,30 @@ def prepare(config: Config, inputs: Inputs, tokenizer: TokenizerSpec, path: str)
         _require_chat_template(tokenizer)
     fingerprint = fingerprint_of(config, inputs, tokenizer)
     target, scratch = f"{path}/{fingerprint}", f"{path}/.making-{fingerprint}"
-    if (found := _found(target)) is not None:
+    job = _job(config, inputs, tokenizer, target, scratch)
+    if (found := _found(job)) is not None:
         return found
     with lease.held(f"{scratch}.json", "preparing the data", patient=True):
-        return _found(target) or _make(_job(config, inputs, tokenizer, target, scratch), config, fingerprint)
+        return _found(job) or _make(job, config, fingerprint)
 
 
-def _found(target: str) -> Store | None:
-    found = Store.find(target)
-    if found is not None:
-        say(f"data: prepared before, {_summary(found.manifest)}")
-    return found
+def _found(job: Job) -> Store | None:
+    """The store, made before of the same rows, which may have lain elsewhere then."""
+    found = Store.find(job.target)
+    if found is None:
+        return None
+    say(f"data: prepared before, {_summary(found.manifest)}")
+    return Store(job.target, replace(found.manifest, **_places(job)))
+
+
+def _places(job: Job) -> dict[str, Any]:
+    """What a manifest says of where rows come from."""
+    return {
+        "files": tuple(item.file.path for item in job.inputs),
+        "formats": {item.file.path: item.format for item in job.inputs},
+        "sources": tuple(source.name for source in job.sources),
+        "file_sources": job.source_of_file,
+    }
 
 
 def _job(config: Config, inputs: Inputs, tokenizer: TokenizerSpec, target: str, scratch: str) -> Job:
@@ -101,11 +119,14 @@ def _make(job: Job, config: Config, fingerprint: str) -> Store:
     try:
         with _blocks_of(_task_bytes(job)):
             manifest, peak_memory_mib = _run(job, config, fingerprint)
-    except UserError:  # whoever mends what it says asks for another store
+    except _UnfitError:  # whoever mends the rows asks for another store
         storage.delete_dir(job.scratch)
         raise
     seconds = time.monotonic() - started
     making = {"seconds": round(seconds, 3), "peak_memory_mib": round(peak_memory_mib, 1)}
+    for name in storage.list_names(job.target):
+        if name.startswith("."):  # begun by a task that was killed
+            storage.delete_file(f"{job.target}/{name}")
     storage.write_json(f"{job.target}/making.json", making)
     storage.write_bytes(f"{job.target}/manifest.json", manifest.to_json().encode())
     storage.delete_dir(job.scratch)
@@ -119,7 +140,7 @@ def _run(job: Job, config: Config, fingerprint: str) -> tuple[Manifest, float]:
     doubles = _find_doubles(job, thresholds)
     train, evaluation = _pack_buckets(job, thresholds, _quotas(job, thresholds), tally)
     if train.num_packs == 0:
-        raise UserError(_nothing_left(job, tally))
+        raise _UnfitError(_nothing_left(job, tally))
     rejected = sorted(tally.rejected, key=lambda row: (row["file"], row["row"]))
     if rejected:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
@@ -130,8 +151,7 @@ def _run(job: Job, config: Config, fingerprint: str) -> tuple[Manifest, float]:
         seq_len=job.seq_len,
         train=train,
         eval=evaluation,
-        files=tuple(item.file.path for item in job.inputs),
-        formats={item.file.path: item.format for item in job.inputs},
+        **_places(job),
         tokenizer=job.tokenizer.name,
         num_rows=tally.num_rows,
         num_rejected=len(rejected),
@@ -141,8 +161,6 @@ def _run(job: Job, config: Config, fingerprint: str) -> tuple[Manifest, float]:
         num_split=tally.num_split,
         length_histogram={upper: tally.lengths[upper] for upper in sorted(tally.lengths, key=int)},
         reasoning=dict(sorted(tally.turns.items())),
-        sources=tuple(source.name for source in job.sources),
-        file_sources=job.source_of_file,
         findings=conclude(tally, doubles),
     )
     return manifest, tally.peak_memory_mib
@@ -182,38 +200,45 @@ def _scatter(job: Job, fail: bool) -> Tally:
     # Unequal shares, so that reading and encoding stay two stages and several tasks encode one large file; together
     # a CPU, so that on each of them one reads and one encodes.
     rows = files.map_batches(
-        read_chunks, fn_kwargs={"job": job}, batch_size=1, num_cpus=1 / 8, zero_copy_batch=True
+        read_chunks,
+        fn_kwargs={"job": job, "done": finished(job)},
+        batch_size=1,
+        num_cpus=1 / 8,
+        zero_copy_batch=True,
     )
     tallies = rows.map_batches(
         encode_chunks, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=7 / 8
     )
-    total = Tally()
+    total, names = Tally(), []
     started = time.monotonic()
     text_bytes = sum(item.text_bytes for item in job.inputs)
     with ProgressLine("preparing", text_bytes) as progress:
         for row in tallies.iter_rows():
             tally = Tally.from_json(row["tally"])
+            names.append(row["name"])
             total.add(tally)
             fatal = [row for row in tally.rejected if row["fatal"]]
             if fatal or (fail and tally.rejected):
-                raise UserError(_bad_rows(fatal or tally.rejected, total.num_rows))
+                raise _UnfitError(_bad_rows(fatal or tally.rejected, total.num_rows))
             rate = total.num_rows / max(1e-3, time.monotonic() - started)
             progress.update(
                 total.num_bytes, f"{human_count(total.num_rows)} rows, {human_count(rate)} rows/s"
             )
+    if sorted(names) != sorted(expected(job)):
+        raise RuntimeError(f"not each chunk of rows was heard of once: {len(names)} of {len(expected(job))}")
     return total
 
 
 def _eval_thresholds(job: Job, fraction: float, tally: Tally) -> tuple[int, ...]:
     """By source: its rows whose eval key is not above this are held out, the configured share but at least one.
 
-    Of a run's only row none is.
+    Of a source's only row none is.
     """
-    if fraction == 0 or tally.num_rows < 2:
-        return (0,) * len(job.sources)
     share = int(fraction * (1 << 64))
-    lowest = tally.lowest_eval_key
-    return tuple(max(share, lowest[s.index]) if s.index in lowest else share for s in job.sources)
+    return tuple(
+        max(share, tally.lowest_eval_key[source.index]) if share and tally.usable[source.index] > 1 else 0
+        for source in job.sources
+    )
 
 
 def _over_buckets(job: Job, label: str, work: Callable[..., Any], **told: Any) -> Iterator[dict[str, Any]]:
@@ -246,6 +271,10 @@ def _quotas(job: Job, thresholds: tuple[int, ...]) -> dict[int, Quotas]:
         _over_buckets(job, "counting", count_bucket, thresholds=thresholds), key=lambda row: row["bucket"]
     )
     counts = {source.index: [int(row["rows"][source.index]) for row in buckets] for source in trained}
+    if empty := [source.path for source in trained if not sum(counts[source.index])]:
+        raise _UnfitError(
+            f"data.sources: {', '.join(empty)}: no row is left to train on, so there is nothing to mix."
+        )
     wanted = quotas(trained, [sum(counts[source.index]) for source in trained])
     shares = {
         source.index: shared_out(quota, counts[source.index])

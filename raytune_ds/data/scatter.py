@@ -23,7 +23,7 @@ from raytune_ds.data.chunks import DOCUMENT_SCHEMA, MARK_SCHEMA
 from raytune_ds.data.fit import fit
 from raytune_ds.data.formats import Example, RowError, to_example
 from raytune_ds.data.inputs import where
-from raytune_ds.data.inspection import Inspector, told
+from raytune_ds.data.inspection import Inspector, exactly, told
 from raytune_ds.data.job import Job, Tally
 from raytune_ds.data.readers import Row
 from raytune_ds.data.sketch import Marks
@@ -33,6 +33,7 @@ from raytune_ds.data.thinking import Thinking
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 
 _MIB = 1 << 20
+_ROW_CHARS = 64  # what a row takes beside its text
 
 _CHUNK_SCHEMA = pa.schema(
     {
@@ -47,9 +48,11 @@ _CHUNK_SCHEMA = pa.schema(
 )
 
 
-def read_chunks(batch: dict[str, np.ndarray], job: Job) -> Iterator[pa.Table]:
-    """Files to chunks of rows, one Arrow row each; without the rows where the chunk is done."""
-    done = chunks.finished(job)
+def read_chunks(batch: dict[str, np.ndarray], job: Job, done: frozenset[str]) -> Iterator[pa.Table]:
+    """Files to chunks of rows, one Arrow row each; without the rows of those that were done when the job began.
+
+    What was done since does not count: Ray, which may run a task again, relies on it to give the same once more.
+    """
     for number in batch["input"].tolist():
         names = chunks.finished_chunks_of_file(job, number, done)
         if names is not None:
@@ -69,7 +72,7 @@ def _chunks_of_file(job: Job, number: int) -> Iterator[tuple[str, list[tuple[Any
     for row in job.inputs[number].rows():
         text = "" if row.value is None else json.dumps(row.value, default=str)
         rows.append((row.index, row.line or 0, text, row.error or "", row.fatal))
-        size += len(text)
+        size += len(text) + len(row.error or "") + _ROW_CHARS
         if size > job.chunk_chars:
             yield chunks.name_of(number, rows[0][0]), rows
             rows, size = [], 0
@@ -86,7 +89,7 @@ def encode_chunks(batch: pa.Table, job: Job) -> Iterator[dict[str, list[str]]]:
     """Encodes chunks of rows, writes their sequences for the buckets, and tells what became of the rows, as JSON."""
     for chunk in batch.to_pylist():
         tally = _encode_chunk(chunk, job) if chunk["index"] else chunks.read_tally(job, chunk["name"])
-        yield {"tally": [tally.to_json()]}
+        yield {"name": [chunk["name"]], "tally": [tally.to_json()]}
 
 
 def _encode_chunk(chunk: dict[str, Any], job: Job) -> Tally:
@@ -134,7 +137,7 @@ class _Work:
         self.encoder.turns.clear()
         self.tally = Tally()
         self.documents: dict[str, list[Any]] = {name: [] for name in DOCUMENT_SCHEMA.names}
-        self.told: list[tuple[int, int, str]] = []
+        self.told: list[tuple[int, int, str, str]] = []
 
     def take(self, index: int, example: Example, sequences: list[Encoded]) -> None:
         """Notes a row.
@@ -152,12 +155,12 @@ class _Work:
         if self.input.held_out:
             eval_key = 0
         else:
-            self.tally.note_eval_key(self.input.source.index, eval_key)
+            self.tally.note_usable(self.input.source.index, eval_key)
         for piece, sequence in enumerate(fitting):
             ids, weights = np.asarray(sequence.ids, np.int32), np.asarray(sequence.weights, np.float32)
             _append(self.documents, (key, eval_key, piece, doc, ids, weights, sequence.label))
         self.tally.num_docs += len(fitting)
-        self.told.append((doc, eval_key, text))
+        self.told.append((doc, eval_key, exactly(example), text))
 
     def reject(self, row: Row) -> None:
         """Notes a bad row."""
@@ -184,10 +187,10 @@ class _Work:
             self.tally.sightings.note(["cut-off" if fitting else "too-long"], doc)
 
 
-def _marks_of(told_by_row: list[tuple[int, int, str]]) -> pa.Table:
-    """The marks of rows, given by id, eval key and text: one of the whole text, and one a band of it."""
-    docs, eval_keys, texts = zip(*told_by_row, strict=True) if told_by_row else ((), (), ())
-    marks = Marks.of(texts)
+def _marks_of(told_by_row: list[tuple[int, int, str, str]]) -> pa.Table:
+    """The marks of rows, given by id, eval key, all of it and what is told: one of all, and one a band of the text."""
+    docs, eval_keys, wholes, texts = zip(*told_by_row, strict=True) if told_by_row else ((), (), (), ())
+    marks = Marks.of(wholes, texts)
     times = 1 + marks.near.shape[1]
     sketches = [sketch.tobytes() for sketch in marks.sketches]
     return pa.table(

@@ -8,7 +8,7 @@ common 99 % are compared, of those with 80 % three quarters, of those with 50 % 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ BANDS = 8
 MINIMA = 64
 ALIKE = 0.8
 """Share of shingles in common from which two texts are near duplicates."""
+_MOST_CHARACTERS = 1 << 20
 _EMPTY = np.uint32(0xFFFFFFFF)
 _FAR = 0x9E3779B1
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -105,10 +106,11 @@ class Marks:
     sketches: np.ndarray
 
     @staticmethod
-    def of(texts: Sequence[str]) -> Marks:
-        """Those of texts, many of which are marked as fast as a few."""
-        exact = np.array([xxhash.xxh3_64_intdigest(text.encode()) for text in texts], np.uint64)
-        minima = _minima(texts)
+    def of(wholes: Sequence[str], texts: Sequence[str]) -> Marks:
+        """Those of rows, by all that is in each, and by the text in which it may be like others."""
+        exact = np.array([xxhash.xxh3_64_intdigest(whole.encode()) for whole in wholes], np.uint64)
+        groups = [_minima(group) for group in _grouped(texts)]
+        minima = np.concatenate(groups) if groups else _minima([])
         bands = minima.reshape(len(texts), BANDS, MINIMA // BANDS).astype(np.uint64)
         near = np.zeros((len(texts), BANDS), np.uint64) + np.arange(BANDS, dtype=np.uint64)
         for place in range(bands.shape[2]):
@@ -124,6 +126,20 @@ def likeness(sketches: np.ndarray, sketch: np.ndarray) -> np.ndarray:
         sketch: uint8, shape [MINIMA].
     """
     return np.asarray((sketches == sketch).mean(axis=1))
+
+
+def _grouped(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Groups of texts of bounded length; of a very long text its beginning stands for it."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        if group and size + len(text) > _MOST_CHARACTERS:
+            yield group
+            group, size = [], 0
+        group.append(text[:_MOST_CHARACTERS])
+        size += len(text)
+    if group:
+        yield group
 
 
 def _minima(texts: Sequence[str]) -> np.ndarray:

@@ -111,8 +111,12 @@ class Encoder:
     def _rendered(self, example: Example) -> list[list[RenderedTurn]] | RowError:
         """The turns of a conversation, or of both of a pair."""
         sides = [example, example.rejected] if example.rejected is not None else [example]
+        # Both answers of a pair are to the same prompt, so one that reasons has the other asked in thinking mode too.
+        thinks = None if len(sides) == 1 else any(part(s.messages[-1]).reasoning for s in sides)
         try:
-            return [list(self._turns(self.literals.guarded(side))) for side in sides if side.text is None]
+            return [
+                list(self._turns(self.literals.guarded(side), thinks)) for side in sides if side.text is None
+            ]
         except RowError as error:
             return error
 
@@ -168,17 +172,26 @@ class Encoder:
         trained = [i for i in answers if i not in example.silent]
         return trained[-1:] if self._last_turn_only else trained
 
-    def _turns(self, example: Example) -> Iterator[RenderedTurn]:
-        """Each turn that is trained on."""
+    def _turns(self, example: Example, thinks: bool | None = None) -> Iterator[RenderedTurn]:
+        """Each turn that is trained on; `thinks` says for all of them whether `auto` is thinking mode."""
         messages = list(example.messages)
         if self.thinking == "drop":
             messages = [part(m).bare if m["role"] == "assistant" else m for m in messages]
         for position in self._trained(example):
-            yield self._turn(messages[:position], example.messages[position], example.tools)
+            yield self._turn(messages[:position], example.messages[position], example.tools, thinks)
 
-    def _turn(self, before: list[Message], message: Message, tools: Sequence[dict[str, Any]]) -> RenderedTurn:
+    def _turn(
+        self,
+        before: list[Message],
+        message: Message,
+        tools: Sequence[dict[str, Any]],
+        thinks: bool | None,
+    ) -> RenderedTurn:
         reasoning, bare = part(message)
-        thinking = bool(reasoning) if self.thinking == "auto" else self.thinking == "keep"
+        if self.thinking == "auto":
+            thinking = bool(reasoning) if thinks is None else thinks
+        else:
+            thinking = self.thinking == "keep"
         prompt = self._prompt(before, tools, thinking)
         barred = has_closed(prompt.text) and not (reasoning and self.thinking == "keep")
         left_out = barred or self.thinking == "drop"

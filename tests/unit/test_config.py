@@ -49,7 +49,7 @@ DEFAULTS = {
         "thinking": "auto",
         "on_bad_row": "fail",
         "on_long_row": "truncate",
-        "prepare_memory_mib": 64,
+        "prepare_memory_mib": 16,
         "chat_template": None,
     },
     "train": {

@@ -13,7 +13,7 @@ WORDS = "river stone cloud lamp bread glass horse paper wheel salt".split()
 
 
 def sketch_of(text: str) -> np.ndarray:
-    return Marks.of([text]).sketches[0]
+    return Marks.of([text], [text]).sketches[0]
 
 
 def shingles(text: str) -> set[str]:
@@ -22,7 +22,7 @@ def shingles(text: str) -> set[str]:
 
 
 def bands(text: str) -> set[int]:
-    return set(Marks.of([text]).near[0].tolist())
+    return set(Marks.of([text], [text]).near[0].tolist())
 
 
 def test_the_likeness_of_sketches_is_about_that_of_the_shingles() -> None:
@@ -51,10 +51,10 @@ def test_texts_that_are_alike_share_a_band_and_others_do_not() -> None:
 
 @given(st.lists(st.text(max_size=40), max_size=6))
 def test_any_text_is_like_itself_and_marked_alone_as_among_others(texts: list[str]) -> None:
-    together = Marks.of(texts)
+    together = Marks.of(texts, texts)
     assert together.sketches.shape == (len(texts), MINIMA)
     for place, text in enumerate(texts):
-        alone = Marks.of([text])
+        alone = Marks.of([text], [text])
         assert together.exact[place] == alone.exact[0]
         assert together.near[place].tolist() == alone.near[0].tolist()
         assert likeness(together.sketches[[place]], alone.sketches[0])[0] == 1 > ALIKE
@@ -63,7 +63,7 @@ def test_any_text_is_like_itself_and_marked_alone_as_among_others(texts: list[st
 def test_case_and_white_space_make_no_other_text_but_not_the_same() -> None:
     one, two = "Some  words\n are here", "some words are HERE"
     assert bands(one) == bands(two)
-    assert Marks.of([one]).exact[0] != Marks.of([two]).exact[0]
+    assert Marks.of([one], [one]).exact[0] != Marks.of([two], [two]).exact[0]
 
 
 @pytest.mark.parametrize(

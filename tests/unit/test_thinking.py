@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from raytune_ds.data.chat import as_trained
 from raytune_ds.data.formats import Example, RowError
 from raytune_ds.data.template import Encoder
 from raytune_ds.data.thinking import BARRED, DROPPED, ENDED, KEPT, NONE, Thinking, part
@@ -220,11 +221,32 @@ def test_arguments_are_json_where_a_template_would_write_them_as_python_does(tok
     assert trained({"tiny": writing}, "tiny", "auto", call())[1] == 'weather{"city": "上海", "days": 3}'
 
 
-@pytest.mark.parametrize(("thinking", "end"), [(True, "<think>"), (False, "</think>"), (None, "</think>")])
-def test_a_model_is_asked_in_the_mode_that_it_was_trained_in(
-    tokenizers: Tokenizers, thinking: bool | None, end: str
+@pytest.mark.parametrize(
+    ("thinking", "end"), [("keep", "<think>"), ("drop", "</think>"), ("auto", "</think>")]
+)
+@pytest.mark.parametrize(("family", "closed"), [("v3.1", "</think>"), ("qwen3", "</think>\n\n")])
+def test_a_finished_model_is_asked_in_the_mode_that_it_was_trained_in(
+    tokenizers: Tokenizers, thinking: Thinking, end: str, family: str, closed: str
 ) -> None:
-    from raytune_ds.generate import Generator
+    """By whoever says nothing of it; who sets the switch is heard."""
+    tokenizer = copy.deepcopy(tokenizers[family])
+    tokenizer.chat_template = as_trained(tokenizer, thinking)
+    asked = said("Well?")
+    if thinking == "auto":
+        assert tokenizer.chat_template == tokenizers[family].chat_template
+    else:
+        on = {"thinking": thinking == "keep", "enable_thinking": thinking == "keep"}
+        assert serve(tokenizer, asked) == serve(tokenizers[family], asked, **on)
+    off = {"thinking": False, "enable_thinking": False}
+    assert tokenizer.decode(serve(tokenizer, asked, **off)).endswith(closed)
 
-    generator = Generator(None, tokenizers["v3.1"], thinking)
-    assert generator._render(said("Well?")).endswith(f"<｜Assistant｜>{end}")
+
+def test_both_answers_of_a_pair_are_to_the_same_prompt(tokenizers: Tokenizers) -> None:
+    """One of them reasons, so the other ends its reasoning at once."""
+    rejected = Example((*said("Well?"), answer("No.")))
+    pair = Encoder(tokenizers["v3.1"]).encode(Example((*said("Well?"), answer(INLINE)), rejected=rejected))
+    (before, chosen), (other, refused) = supervised_runs(pair)
+    assert before == other
+    assert tokenizers["v3.1"].decode(before).endswith("<think>")
+    assert tokenizers["v3.1"].decode(chosen).startswith("Hm.</think>Yes.")
+    assert tokenizers["v3.1"].decode(refused).startswith("</think>No.")
