@@ -5,6 +5,7 @@ No Ray here: a benchmark or a debugger runs a worker in its own process.
 
 from __future__ import annotations
 
+import copy
 import platform
 import resource
 from collections.abc import Callable, Iterator
@@ -384,7 +385,7 @@ def _save_final(
         built.trainable,
         assignment.lineage,
     )
-    tokenizer = world.together(lambda: load_tokenizer(assignment.tokenizer))
+    tokenizer = copy.copy(world.together(lambda: load_tokenizer(assignment.tokenizer)))
     tokenizer.chat_template = as_trained(tokenizer, config.data.thinking)
     try:
         final = save_final(

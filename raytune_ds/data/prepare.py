@@ -13,7 +13,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import ray.data
@@ -81,7 +80,7 @@ def _found(job: Job) -> Store | None:
     if found is None:
         return None
     say(f"data: prepared before, {_summary(found.manifest)}")
-    return Store(job.target, replace(found.manifest, **_places(job)))
+    return Store(job.target, found.manifest.moved(**_places(job)))
 
 
 def _places(job: Job) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -118,6 +119,15 @@ class Manifest:
     reasoning: dict[str, int] = field(default_factory=dict)
     row_group: int = ROW_GROUP
     version: int = VERSION
+
+    def moved(self, sources: tuple[str, ...], **places: Any) -> Manifest:
+        """The same of files that lie elsewhere now, and of sources that have other names for it."""
+        names = dict(zip(self.sources, sources, strict=True))
+
+        def renamed(split: Split) -> Split:
+            return replace(split, sources={names[source]: part for source, part in split.sources.items()})
+
+        return replace(self, sources=sources, train=renamed(self.train), eval=renamed(self.eval), **places)
 
     def to_json(self) -> str:
         """As it lies in manifest.json."""

@@ -87,7 +87,10 @@ def test_prepared_once(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture
     moved = write_jsonl(tmp_path / "moved.jsonl", _rows(50))
     store = _prepare(tmp_path, tiny, f"data.sources={data}")
     capsys.readouterr()
-    assert _prepare(tmp_path, tiny, f"data.sources={moved}").path == store.path
+    again = _prepare(tmp_path, tiny, f"data.sources={moved}")
+    assert again.path == store.path
+    assert again.manifest.files == (str(moved),)
+    assert (set(again.manifest.train.sources), again.manifest.sources) == ({"moved"}, ("moved",))
     assert "prepared before" in capsys.readouterr().out
     changed = write_jsonl(tmp_path / "changed.jsonl", _rows(51))
     template = tmp_path / "t.jinja"
@@ -197,3 +200,20 @@ def test_pretrain_takes_raw_text_only_and_shares_its_store_with_sft(
     capsys.readouterr()
     assert _prepare(tmp_path, tiny, sources, "objective.kind=sft").path == pretrain.path
     assert "prepared before" in capsys.readouterr().out
+
+
+def test_a_source_of_one_row_is_trained_on_and_one_of_none_is_an_error(tmp_path: Path, tiny: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", _rows(50))
+    single = write_jsonl(tmp_path / "single.jsonl", [{"instruction": "Who are you?", "output": "A model."}])
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "no answer", "output": ""}])
+    mixed = f"{{path: {rows}, weight: 1}}, {{path: {{}}, weight: 1, epochs: 5}}"
+    settings = ("data.eval.fraction=0.1", "data.on_bad_row=skip")
+    sources = f"data.sources=[{mixed}]"
+    store = _prepare(tmp_path, tiny, sources.replace("{}", str(single)), *settings)
+    assert {name: part.num_docs for name, part in store.manifest.train.sources.items()} == {
+        "rows": 5,
+        "single": 5,
+    }
+    assert set(store.manifest.eval.sources) == {"rows"}
+    with pytest.raises(UserError, match=r"bad\.jsonl: no row is left to train on"):
+        _prepare(tmp_path, tiny, sources.replace("{}", str(bad)), *settings)
