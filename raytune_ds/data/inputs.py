@@ -35,6 +35,7 @@ _JUDGED = {
 # Guesses, on the safe side: they only decide how many buckets the preparation makes.
 COMPRESSION = 6
 HUB_TEXT_BYTES = 2 << 30
+ROW_BYTES = 4096
 SAMPLE_CHARS = 4_000_000
 _CHUNK = 4 << 20
 
@@ -61,10 +62,10 @@ class Input:
     @property
     def text_bytes(self) -> int:
         """About how much text is in it, in bytes."""
-        if self.file.container == "hub":
-            return HUB_TEXT_BYTES
         packed = self.file.container == "parquet" or self.file.path.endswith((".gz", ".bz2", ".zst"))
-        return self.file.size * (COMPRESSION if packed else 1)
+        whole = self.file.size * (COMPRESSION if packed else 1)
+        guess = HUB_TEXT_BYTES if self.file.container == "hub" else whole
+        return guess if self.max_rows is None else min(guess, self.max_rows * ROW_BYTES)
 
 
 @dataclass(frozen=True)

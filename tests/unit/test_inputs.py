@@ -116,3 +116,20 @@ def test_a_format_that_was_given_is_refused_too(tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [ALPACA])
     with pytest.raises(UserError, match="has alpaca rows"):
         find({"path": str(rows), "format": "alpaca"}).require_formats_of("pretrain")
+
+
+@pytest.mark.parametrize(
+    ("most", "read"), [(None, [4, 4, 4]), (3, [3]), (4, [4]), (6, [4, 2]), (11, [4, 4, 3]), (50, [4, 4, 4])]
+)
+def test_the_first_rows_of_a_source_are_read_over_its_files(
+    tmp_path: Path, most: int | None, read: list[int]
+) -> None:
+    for name in "abc":
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i}"} for i in range(4)])
+    source = {"path": f"{tmp_path}/*.jsonl", "max_rows": most}
+    inputs = Inputs.find(DataConfig.model_validate({"sources": [source, f"{tmp_path}/a.jsonl"]}))
+    mine = [item for item in inputs.items if item.source.index == 0]
+    assert [len(list(item.rows())) for item in mine] == read
+    first = [row.value["text"] for item in mine for row in item.rows() if row.value is not None]
+    assert first == [f"{name}{i}" for name in "abc" for i in range(4)][: sum(read)]
+    assert [len(list(item.rows())) for item in inputs.items if item.source.index == 1] == [4]
