@@ -5,7 +5,7 @@ Marks of the same value lie in the same bucket (chunks), so each bucket is looke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +33,16 @@ class Doubles:
     trained: int = 0
     held_out: int = 0
 
-    def add(self, bucket: dict[str, Any]) -> None:
-        """Takes in what `find_doubles` tells of a bucket; a row that is like several is counted once."""
+    @staticmethod
+    def of(buckets: Iterable[dict[str, Any]]) -> Doubles:
+        """From what `find_doubles` tells of all buckets; a row that is like several is counted once."""
+        doubles = Doubles()
+        for bucket in buckets:
+            doubles._add(bucket)
+        doubles._settle()
+        return doubles
+
+    def _add(self, bucket: dict[str, Any]) -> None:
         self.trained += bucket["trained"]
         self.held_out += bucket["held_out"]
         for kind, rows in bucket["pairs"].items():
@@ -42,7 +50,7 @@ class Doubles:
             for doc, other in rows.tolist():
                 known[doc] = min(other, known.get(doc, other))
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Leaves out of near duplicates what is a duplicate."""
         for near, exact in (("near-duplicates", "duplicates"), ("nearly-leaked", "leaked")):
             for doc in self.found[near].keys() & self.found[exact].keys():

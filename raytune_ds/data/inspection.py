@@ -50,17 +50,14 @@ class Inspector:
 
     def oddities(self, example: Example, sequences: Sequence[Encoded], text: str) -> Iterator[str]:
         """What is odd about a row, as kinds of findings; `text` is what `told` gives of it."""
-        characters = code_points(text)
-        # Damaged text has letters of the Latin supplement, so that most texts need no closer look.
-        damaged = ((characters >= 0x80) & (characters <= 0x17F)).any() and is_bad(text)
-        if damaged or REPLACEMENT in text:
+        if REPLACEMENT in text or (_may_be_damaged(text) and is_bad(text)):
             yield "damaged-text"
         if any(self._bos is not None and s.ids[:2] == [self._bos] * 2 for s in sequences):
             yield "double-bos"
         if example.text is None:
             yield from self._of_conversation(example, sequences)
             return
-        yield f"writing:{main_script(scripts_in(characters))}"
+        yield f"writing:{main_script(scripts_in(text))}"
         if any(not self._special.isdisjoint(s.ids[1:-1]) for s in sequences):
             yield "control-token"
 
@@ -74,8 +71,7 @@ class Inspector:
             yield "no-end-token"
         yield from self._of_answers(example, sequences, answers)
         asked, answered = (
-            scripts_in(code_points("".join(_contents(example.messages, role))))
-            for role in ("user", "assistant")
+            scripts_in("".join(_contents(example.messages, role))) for role in ("user", "assistant")
         )
         yield f"writing:{main_script(asked + answered)}"
         scripts = {main_script(counts) for counts in (asked, answered)} - {""}
@@ -94,13 +90,20 @@ class Inspector:
         kept = len(list(_runs(sequences[0]))) if is_judged(example) else None
         trained = self._encoder.trained_messages(example)
         parted = [part(message) for message in (trained if kept is None else trained[-kept:])]
-        told_apart = [
-            one for one in parted if not one.bare.get("tool_calls")
-        ]  # templates may leave talk out there
+        # Beside a call templates may leave out what is said.
+        told_apart = [one for one in parted if not one.bare.get("tool_calls")]
         if any(str(one.bare["content"]).strip() not in supervised for one in told_apart):
             yield "answer-changed"
         if self._encoder.thinking != "drop" and any(one.reasoning not in supervised for one in parted):
             yield "reasoning-lost"
+
+
+def _may_be_damaged(text: str) -> bool:
+    """Whether there are letters of the Latin supplement, without which no text is damaged; most have none."""
+    if text.isascii():
+        return False
+    characters = code_points(text)
+    return bool(((characters >= 0x80) & (characters <= 0x17F)).any())
 
 
 def is_judged(example: Example) -> bool:

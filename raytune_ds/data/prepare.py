@@ -136,8 +136,9 @@ def _make(job: Job, config: Config, fingerprint: str) -> Store:
 def _run(job: Job, config: Config, fingerprint: str) -> tuple[Manifest, float]:
     tally = _scatter(job, fail=config.data.on_bad_row == "fail")
     thresholds = _eval_thresholds(job, config.data.eval.fraction, tally)
-    doubles = _find_doubles(job, thresholds)
+    looking = _over_buckets(job, "looking for duplicates", find_doubles, thresholds=thresholds)
     train, evaluation = _pack_buckets(job, thresholds, _quotas(job, thresholds), tally)
+    doubles = Doubles.of(looking)
     if train.num_packs == 0:
         raise _UnfitError(_nothing_left(job, tally))
     rejected = sorted(tally.rejected, key=lambda row: (row["file"], row["row"]))
@@ -241,24 +242,22 @@ def _eval_thresholds(job: Job, fraction: float, tally: Tally) -> tuple[int, ...]
 
 
 def _over_buckets(job: Job, label: str, work: Callable[..., Any], **told: Any) -> Iterator[dict[str, Any]]:
-    """What `work` tells of each bucket, as the buckets are done; an only one is not worth a task."""
-    if job.num_buckets == 1:
-        yield {name: values[0] for name, values in work({"bucket": [0]}, job=job, **told).items()}
-        return
+    """What `work` tells of each bucket, as the buckets are done. Work on an only one has begun when this returns."""
+    if job.num_buckets > 1:
+        return _over_many_buckets(job, label, work, **told)
+    begun = ray.remote(num_cpus=1)(work).remote({"bucket": [0]}, job=job, **told)
+    return ({name: values[0] for name, values in ray.get(task).items()} for task in [begun])
+
+
+def _over_many_buckets(
+    job: Job, label: str, work: Callable[..., Any], **told: Any
+) -> Iterator[dict[str, Any]]:
     buckets = ray.data.from_items([{"bucket": i} for i in range(job.num_buckets)])
     done = buckets.map_batches(work, fn_kwargs={"job": job, **told}, batch_size=1, num_cpus=1)
     with ProgressLine(label, job.num_buckets) as progress:
         for number, row in enumerate(done.iter_rows(), 1):
             yield row
             progress.update(number, f"bucket {number:,} of {job.num_buckets:,}")
-
-
-def _find_doubles(job: Job, thresholds: tuple[int, ...]) -> Doubles:
-    doubles = Doubles()
-    for bucket in _over_buckets(job, "looking for duplicates", find_doubles, thresholds=thresholds):
-        doubles.add(bucket)
-    doubles.settle()
-    return doubles
 
 
 def _quotas(job: Job, thresholds: tuple[int, ...]) -> dict[int, Quotas]:

@@ -65,6 +65,7 @@ _RANGES: tuple[tuple[int, str], ...] = (
 )
 _STARTS = np.array([start for start, _ in _RANGES], np.uint32)
 _SCRIPTS = tuple(dict.fromkeys(script for _, script in _RANGES))
+_NO_LETTERS = {code: None for code in range(0x80) if not chr(code).isalpha()}
 _SCRIPT_OF_RANGE = np.array([_SCRIPTS.index(script) for _, script in _RANGES])
 
 
@@ -73,9 +74,12 @@ def code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
-def scripts_in(characters: np.ndarray) -> np.ndarray:
+def scripts_in(text: str) -> np.ndarray:
     """How many letters are of which script: int64, one a script."""
-    ranges = np.searchsorted(_STARTS, characters, side="right") - 1
+    if text.isascii():  # the quick way for most texts
+        letters = len(text.translate(_NO_LETTERS))
+        return letters * (np.arange(len(_SCRIPTS)) == _SCRIPTS.index("Latin"))
+    ranges = np.searchsorted(_STARTS, code_points(text), side="right") - 1
     counts = np.bincount(_SCRIPT_OF_RANGE[ranges], minlength=len(_SCRIPTS))
     counts[0] = 0  # no letters
     return counts

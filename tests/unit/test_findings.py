@@ -72,11 +72,11 @@ class Prepared:
         for chunk in read_chunks({"input": np.array([0])}, job, frozenset()):
             for told in encode_chunks(chunk, job):
                 self.tally.add(Tally.from_json(told["tally"][0]))
-        doubles = Doubles()
-        for bucket in range(job.num_buckets):
-            told = find_doubles({"bucket": np.array([bucket])}, job, (self._threshold(job, held_out),))
-            doubles.add({name: values[0] for name, values in told.items()})
-        doubles.settle()
+        buckets = [
+            find_doubles({"bucket": np.array([bucket])}, job, (self._threshold(job, held_out),))
+            for bucket in range(job.num_buckets)
+        ]
+        doubles = Doubles.of({name: values[0] for name, values in told.items()} for told in buckets)
         self.findings = {finding.kind: finding for finding in conclude(self.tally, doubles)}
         self.file = str(data)
 

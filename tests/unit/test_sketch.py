@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_ds.data.sketch import ALIKE, MINIMA, Marks, code_points, likeness, main_script, scripts_in
+from raytune_ds.data.sketch import ALIKE, MINIMA, Marks, likeness, main_script, scripts_in
 
 WORDS = "river stone cloud lamp bread glass horse paper wheel salt".split()
 
@@ -81,4 +81,11 @@ def test_case_and_white_space_make_no_other_text_but_not_the_same() -> None:
     ],
 )
 def test_what_a_text_is_written_in(text: str, script: str) -> None:
-    assert main_script(scripts_in(code_points(text))) == script
+    assert main_script(scripts_in(text)) == script
+
+
+@given(st.text(st.characters(max_codepoint=0x7F), max_size=40))
+def test_the_quick_way_counts_what_the_other_counts(text: str) -> None:
+    others = scripts_in(text + "天")
+    others -= scripts_in("天")
+    assert scripts_in(text).tolist() == others.tolist()
