@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -148,6 +148,20 @@ def _write_bytes(path: str, content: bytes) -> None:
     except BaseException:
         Path(scratch).unlink(missing_ok=True)
         raise
+
+
+def write_lines(path: str, lines: Iterable[str]) -> None:
+    """Writes a text file of any size so that it is there whole or not at all."""
+    folder, _, name = path.rpartition("/")
+    make_dir(folder)
+    scratch = f"{folder}/.{uuid.uuid4().hex[:8]}-{name}"
+    filesystem, inner = open_filesystem(scratch)
+    with filesystem.open_output_stream(inner, compression=None) as stream:
+        for line in lines:
+            stream.write(line.encode())
+    if is_local(scratch):
+        flush(scratch)
+    filesystem.move(inner, open_filesystem(path)[1])
 
 
 def flush(path: str) -> None:

@@ -20,7 +20,7 @@ _WRITING = "writing:"
 def conclude(tally: Tally, doubles: Doubles) -> tuple[Finding, ...]:
     """All findings, the grave ones first."""
     seen = tally.sightings
-    usable = tally.num_rows - len(tally.rejected)
+    usable = tally.num_rows - tally.num_rejected
     found = [
         Finding(kind, count, usable, tuple(seen.rows[kind]))
         for kind, count in seen.counts.items()

@@ -63,7 +63,8 @@ class Tally:
         lengths: rows by the upper end of their bin of tokens, a power of two.
         sightings: what is odd about rows.
         turns: answers by what became of their reasoning; see thinking.
-        rejected: the bad rows: file, row, line, reason, fatal, where.
+        num_rejected, reasons: the bad rows, and how many by why they are.
+        rejected: those of one chunk: file, row, line, reason, fatal, where. They are not added up: there may be many.
         peak_memory_mib: of the task.
     """
 
@@ -78,6 +79,8 @@ class Tally:
     lengths: Counter[str] = field(default_factory=Counter)
     sightings: Sightings = field(default_factory=Sightings)
     turns: Counter[str] = field(default_factory=Counter)
+    num_rejected: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     peak_memory_mib: float = 0.0
 
@@ -95,7 +98,8 @@ class Tally:
         self.lengths.update(other.lengths)
         self.sightings.add(other.sightings)
         self.turns.update(other.turns)
-        self.rejected += other.rejected
+        self.num_rejected += other.num_rejected
+        self.reasons.update(other.reasons)
         self.peak_memory_mib = max(self.peak_memory_mib, other.peak_memory_mib)
 
     def note_usable(self, source: int, eval_key: int) -> None:
@@ -113,7 +117,7 @@ class Tally:
         values = json.loads(text)
         values["usable"] = Counter({int(s): count for s, count in values["usable"].items()})
         values["lowest_eval_key"] = {int(s): key for s, key in values["lowest_eval_key"].items()}
-        for name in ("lengths", "turns"):
+        for name in ("lengths", "turns", "reasons"):
             values[name] = Counter(values[name])
         values["sightings"] = Sightings(**values["sightings"])
         return Tally(**values)

@@ -22,7 +22,7 @@ from raytune_ds.config import Config
 from raytune_ds.console import ProgressLine, human_count, human_time, say
 from raytune_ds.data import tokenizer as tokenizers
 from raytune_ds.data.buckets import Quotas, count_bucket, finish_split, pack_bucket
-from raytune_ds.data.chunks import expected, finished
+from raytune_ds.data.chunks import expected, finished, read_tally
 from raytune_ds.data.duplicates import Doubles, find_doubles
 from raytune_ds.data.gate import conclude
 from raytune_ds.data.inputs import Inputs
@@ -141,11 +141,9 @@ def _run(job: Job, config: Config, fingerprint: str) -> tuple[Manifest, float]:
     doubles = Doubles.of(looking)
     if train.num_packs == 0:
         raise _UnfitError(_nothing_left(job, tally))
-    rejected = sorted(tally.rejected, key=lambda row: (row["file"], row["row"]))
-    if rejected:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
-        storage.write_bytes(f"{job.target}/rejected.jsonl", lines.encode())
-        say(f"data: {len(rejected)} bad rows skipped; the reason for each is in {job.target}/rejected.jsonl")
+    if tally.num_rejected:
+        _list_rejected(job)
+        say(f"data: {tally.num_rejected:,} bad rows skipped; why, is in {job.target}/rejected.jsonl")
     manifest = Manifest(
         fingerprint=fingerprint,
         seq_len=job.seq_len,
@@ -154,8 +152,8 @@ def _run(job: Job, config: Config, fingerprint: str) -> tuple[Manifest, float]:
         **_places(job),
         tokenizer=job.tokenizer.name,
         num_rows=tally.num_rows,
-        num_rejected=len(rejected),
-        rejected_reasons=dict(Counter(row["reason"] for row in rejected).most_common(20)),
+        num_rejected=tally.num_rejected,
+        rejected_reasons=dict(sorted(tally.reasons.items(), key=lambda item: (-item[1], item[0]))[:20]),
         num_truncated=tally.num_truncated,
         num_dropped_long=tally.num_dropped_long,
         num_split=tally.num_split,
@@ -164,6 +162,13 @@ def _run(job: Job, config: Config, fingerprint: str) -> tuple[Manifest, float]:
         findings=conclude(tally, doubles),
     )
     return manifest, tally.peak_memory_mib
+
+
+def _list_rejected(job: Job) -> None:
+    """All bad rows, each with its reason, as they come in the sources."""
+    tallies = (read_tally(job, name) for name in sorted(expected(job)))
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for tally in tallies for row in tally.rejected)
+    storage.write_lines(f"{job.target}/rejected.jsonl", lines)
 
 
 def _require_chat_template(spec: TokenizerSpec) -> None:
@@ -314,7 +319,7 @@ def _bad_rows(rejected: list[dict[str, Any]], num_rows: int) -> str:
 
 
 def _nothing_left(job: Job, tally: Tally) -> str:
-    reasons = Counter(row["reason"] for row in tally.rejected)
+    reasons = Counter(tally.reasons)
     if tally.num_dropped_long:
         reasons[f"longer than data.seq_len = {job.seq_len} tokens with nothing supervised within it"] = (
             tally.num_dropped_long

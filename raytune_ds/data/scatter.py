@@ -165,6 +165,8 @@ class _Work:
     def reject(self, row: Row) -> None:
         """Notes a bad row."""
         file = self.input.file
+        self.tally.num_rejected += 1
+        self.tally.reasons[str(row.error)] += 1
         self.tally.rejected.append(
             {
                 "file": file.path,
