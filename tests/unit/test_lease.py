@@ -149,3 +149,27 @@ def test_storage_that_fails_for_a_while_is_borne(tmp_path: Path, monkeypatch: py
         count = storage.read_json(path)["count"]
         while storage.read_json(path)["count"] <= count:
             threading.Event().wait(0.01)
+
+
+@pytest.mark.parametrize("deed", ["ends", "dies"])
+def test_who_is_patient_waits_for_the_other(
+    tmp_path: Path, other: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str], deed: str
+) -> None:
+    entered = threading.Event()
+
+    def wait() -> None:
+        with held(str(tmp_path / "driver.json"), "it", patient=True):
+            entered.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert not entered.wait(0.5)
+    if deed == "ends":
+        other.communicate(b"\n")
+    else:
+        other.kill()
+        other.wait()
+    assert entered.wait(10)
+    thread.join()
+    assert capsys.readouterr().out.count("another driver is at it") == 1
+    assert not (tmp_path / "driver.json").exists()
