@@ -21,7 +21,6 @@ ALIKE = 0.8
 """Share of shingles in common from which two texts are near duplicates."""
 _MOST_CHARACTERS = 1 << 20
 _EMPTY = np.uint32(0xFFFFFFFF)
-_FAR = 0x9E3779B1
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _MIXER = np.uint64(0xBF58476D1CE4E5B9)
 
@@ -150,8 +149,7 @@ def _minima(texts: Sequence[str]) -> np.ndarray:
     """The least of the shingle hashes of each text that fall into each of MINIMA bins: uint32 [n, MINIMA].
 
     That is one permutation's minima in place of as many permutations' (Li, Owen and Zhang 2012), at a tenth of the cost
-    of a MinHash of datasketch. A bin that nothing falls into takes its neighbour's minimum, and says how far it is
-    (Shrivastava and Li 2014).
+    of a MinHash of datasketch. A bin that nothing falls into takes its neighbour's minimum (Shrivastava and Li 2014).
     """
     hashes, text_of = _shingles(texts)
     flat = np.full(len(texts) * MINIMA, _EMPTY, np.uint32)
@@ -161,8 +159,7 @@ def _minima(texts: Sequence[str]) -> np.ndarray:
     places = np.where(minima == _EMPTY, 2 * MINIMA, np.arange(MINIMA))
     around = np.concatenate([places, places + MINIMA], axis=1)
     nearest = np.minimum.accumulate(around[:, ::-1], axis=1)[:, ::-1][:, :MINIMA]
-    far = (nearest - np.arange(MINIMA)) * _FAR
-    return np.take_along_axis(minima, nearest % MINIMA, axis=1) + far.astype(np.uint32)
+    return np.take_along_axis(minima, nearest % MINIMA, axis=1)
 
 
 def _shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

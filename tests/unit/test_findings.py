@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from raytune_ds.config import DataConfig
+from raytune_ds.data import duplicates
 from raytune_ds.data.duplicates import Doubles, find_doubles
 from raytune_ds.data.findings import KINDS, Finding, in_order, of_lengths, of_writing, percent
 from raytune_ds.data.gate import conclude, described, require_sound
@@ -219,6 +220,21 @@ def test_rows_that_come_twice_are_found_in_what_is_trained_on_and_across(tmp_pat
     assert (found["near-duplicates"].rows, found["near-duplicates"].others) == ((GOOD + 2,), (GOOD,))
     lines = list(described(found["near-duplicates"], Prepared(tmp_path, model, rows).store()))
     assert lines[1] == f"  {tmp_path}/rows.jsonl, row {GOOD + 3}, like {tmp_path}/rows.jsonl, row {GOOD + 1}"
+
+
+def test_rows_that_share_a_mark_are_compared(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one of eight bands says is not enough."""
+    monkeypatch.setattr(duplicates, "ALIKE", 1.01)
+    text = " ".join(row["output"] for row in good_rows()[:6])
+    rows = [*good_rows(), answered(text), answered(text.replace("stone", "stones", 1))]
+    assert "near-duplicates" not in Prepared(tmp_path, model, rows[GOOD:]).findings
+
+
+def test_rows_that_are_all_held_out_are_no_duplicates(tmp_path: Path, model: Path) -> None:
+    rows = [*good_rows(4), *good_rows(4)]
+    assert Prepared(tmp_path, model, rows, held_out=tuple(range(8))).findings == {}
 
 
 def test_what_is_held_out_and_trained_on_is_found(tmp_path: Path, model: Path) -> None:
