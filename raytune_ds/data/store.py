@@ -280,7 +280,8 @@ def write_tables(tables: Iterable[pa.Table], path: str, schema: pa.Schema) -> No
             waiting = waiting.slice(whole)
         if waiting.num_rows:
             writer.write_table(waiting, row_group_size=ROW_GROUP)
-    storage.flush(scratch) if storage.is_local(path) else None
+    if storage.is_local(path):
+        storage.flush(scratch)
     filesystem.move(scratch, inner)
 
 
