@@ -47,7 +47,8 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     sweep/ (R)                         many runs that differ in a few settings: space and journal; searchers and
                                        schedulers; a trial, as Ray Tune sees it; leaderboard, page, promotion
     demo/, train, compare              the bundled demo; runs side by side
-    trained, verify, steps, cli        what a run was trained on, the proof of it, its rows; the command lines
+    trained, verify, steps             what a run was trained on, the proof of it, its rows
+    verbs/, cli                        the command lines
 
 A row's way from a file to a gradient: `inputs` finds files and formats; `prepare` reads them with Ray Data, and its
 tasks turn rows into `Example`s (`formats`), these into ids and weights (`template`), scatter them by a hash of their

@@ -18,7 +18,7 @@ ROOT = Path(raytune_ds.__file__).parent
 
 # From the ground up. A package's own __init__ counts as one module; those of the first line import nothing at all.
 ROOMS = """
-    raytune_ds data model demo sweep
+    raytune_ds data model demo sweep verbs
     errors storage tensorfile console hub section clusterconfig sweepconfig config keys aliases yamlfile problems
     compose naming confighelp plan command
     deploy deploy.instances deploy.layout deploy.kubernetes deploy.render deploy.spot_aws deploy.spot_gcp
@@ -42,7 +42,9 @@ ROOMS = """
     sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports sweep.fork sweep.leaderboard sweep.plots
     sweep.influence sweep.report sweep.course sweep.outcome sweep.attempt sweep.trainable sweep.search sweep.schedule
     sweep.board sweep.run sweep.promote sweep.__main__
-    demo.run train compare trained verify steps doctor.verb cli __main__
+    demo.run train compare trained verify steps doctor.verb
+    verbs.answers verbs.data verbs.chat verbs.generate verbs.compare verbs.verify verbs.render verbs.doctor verbs.demo
+    cli __main__
 """.split()
 
 LIGHT = """
