@@ -19,8 +19,8 @@ from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 from raytune_ds.demo.data import domain_rows, write_rows
 from raytune_ds.engines.ds import config as dsconfig
 from raytune_ds.errors import UserError
-from raytune_ds.model import adapters
-from raytune_ds.model.adapters import AdapterReport
+from raytune_ds.model import adapterreport
+from raytune_ds.model.adapterreport import AdapterReport
 from raytune_ds.model.load import skeleton
 from raytune_ds.model.weights import fingerprint
 from raytune_ds.rundir import RunDir
@@ -72,7 +72,7 @@ def check(config: Config, to_train: bool = True) -> Checked:
         say(f"data: {line}")
     model = _located(config, inputs, root)
     base_model = skeleton(model)
-    report = adapters.report(base_model, config.adapter)
+    report = adapterreport.report(base_model, config.adapter)
     base = Base(*_identity(model), report.total, report.trainable)
     tokenizer = TokenizerSpec.of(model.name, config.data.chat_template, model.trust_remote_code)
     load_tokenizer(tokenizer)
@@ -91,7 +91,7 @@ def vary(base: Checked, config: Config) -> Checked:
     inputs.require_formats_of(config.objective.kind)
     model = base.model if same_model else _located(config, inputs, base.root)
     same_adapter = same_model and config.adapter == base.config.adapter
-    report = base.report if same_adapter else adapters.report(skeleton(model), config.adapter)
+    report = base.report if same_adapter else adapterreport.report(skeleton(model), config.adapter)
     weights = base.base if same_model else Base(*_identity(model), report.total, report.trainable)
     return Checked(
         config=config,

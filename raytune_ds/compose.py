@@ -26,7 +26,14 @@ from raytune_ds.yamlfile import parse, read
 COMMAND_LINE = "command line"
 _MAX_DEPTH = 8  # parts of a dotted key; the tree has four (data.sources.0.path)
 
-_OF_OTHER_KEYS = (("sweep", "space"), ("sweep", "trial"))  # below these stand the keys of other sections
+# Below these stand keys of other sections, or of peft.
+_OF_OTHER_KEYS = (
+    ("sweep", "space"),
+    ("sweep", "trial"),
+    ("adapter", "options"),
+    ("adapter", "rank_pattern"),
+    ("adapter", "alpha_pattern"),
+)
 
 
 def compose(files: Sequence[str | Path], overrides: Sequence[str]) -> Config:

@@ -11,11 +11,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.clusterconfig import ClusterConfig
 from raytune_ds.section import Count, Section, Text, about, without_credentials
 from raytune_ds.sweepconfig import SweepConfig
 
-TINY_MODELS = ("tiny:deepseek-v2", "tiny:deepseek-v3", "tiny:qwen2", "tiny:llama")
+TINY_MODELS = tuple(
+    f"tiny:{name}"
+    for name in ("deepseek-v2", "deepseek-v3", "deepseek-v3.2", "deepseek-v4", "qwen2", "qwen3", "llama")
+)
 
 
 class RunConfig(Section):
@@ -95,59 +99,6 @@ class ModelConfig(Section):
         if name.startswith("tiny:") and name not in TINY_MODELS:
             raise ValueError(f"there is no such tiny model; choose one of {', '.join(TINY_MODELS)}")
         return without_credentials(name)
-
-
-class AdapterConfig(Section):
-    """What is trained: a low-rank adapter beside frozen weights, or all parameters."""
-
-    kind: Literal["lora", "none"] = Field(
-        default="lora",
-        description="lora: a low-rank adapter, which fits where full training does not; none: all "
-        "parameters are trained and the other keys of this section have no effect.",
-    )
-    r: Count = Field(
-        default=8,
-        description="Rank of the adapter matrices (a number of dimensions). 8 is enough for most "
-        "domains; memory and file size grow with it.",
-    )
-    alpha: float = Field(
-        default=16.0,
-        gt=0,
-        description="Scaling factor: the adapter's output is multiplied by alpha / r. Twice the rank is"
-        " the field's habit; with r=8 the factor is 2.",
-    )
-    dropout: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="Probability that an input of the adapter is zeroed in training. 0: a few epochs of"
-        " a low-rank adapter seldom need it, and the loss stays reproducible.",
-    )
-    bias: Literal["none", "all", "lora_only"] = Field(
-        default="none",
-        description="Biases trained along: none, all of the model's, or only those of adapted layers. "
-        "none: the base model stays as it was when the adapter is switched off.",
-    )
-    targets: str | tuple[str, ...] = Field(
-        default="auto",
-        description="Modules that get an adapter. auto: every linear layer on which peft keeps "
-        "an adapter, but not the output head; all-linear: every linear layer; a list: names, or ends of names; "
-        "any other text: a regular expression for the full module name.",
-    )
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _targets_name_something(cls, targets: Any) -> Any:
-        if isinstance(targets, str):
-            try:
-                re.compile(targets)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(
-                    f"is no regular expression: {error}; for several names write a list"
-                ) from None
-        if targets == "" or (isinstance(targets, (list, tuple)) and (not targets or "" in targets)):
-            raise ValueError("names no module; write auto, all-linear, a pattern or a list of names")
-        return targets
 
 
 class ObjectiveConfig(Section):

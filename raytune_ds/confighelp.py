@@ -11,7 +11,8 @@ from pydantic.fields import FieldInfo
 
 from raytune_ds.config import Config, SourceConfig
 from raytune_ds.keys import KeyPath, section_of, walk
-from raytune_ds.sweepconfig import Dimension, Setting
+from raytune_ds.section import Setting
+from raytune_ds.sweepconfig import Dimension
 
 _KIND_NAMES = {
     bool: "true | false",

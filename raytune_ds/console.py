@@ -53,6 +53,15 @@ def human_count(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def human_bytes(size: float) -> str:
+    """1234567 as 1.2 MiB."""
+    unit = next((unit for unit in ("TiB", "GiB", "MiB") if size >= _BYTES_IN[unit] / 10), "KiB")
+    return f"{size / _BYTES_IN[unit]:,.3g} {unit}"
+
+
+_BYTES_IN = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
 def human_time(seconds: float) -> str:
     """Seconds as 45s, 3m05s or 2h07m."""
     whole = max(0, int(seconds + 0.5))

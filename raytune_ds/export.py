@@ -19,15 +19,16 @@ from typing import Any, TypeVar
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from raytune_ds import storage
+from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.checkpoint import Reader
-from raytune_ds.config import AdapterConfig, ModelConfig
+from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
-from raytune_ds.model import adapters
+from raytune_ds.model import initial
+from raytune_ds.model.initial import TENSORS, Initial, as_plain_lora
 from raytune_ds.model.load import hold_in, skeleton
 from raytune_ds.model.weights import Weights, locate, open_weights
 from raytune_ds.rundir import RunDir
@@ -39,7 +40,6 @@ T = TypeVar("T")
 FILE_BYTES = 1 << 30
 # Names in a checkpoint are those of the trained module, whose Hugging Face or peft model is its `model`.
 _PREFIX = "model/model."
-_ADAPTER_FILE = "adapter_model.safetensors"  # as peft calls it
 
 
 class ExportError(Exception):
@@ -71,6 +71,7 @@ def save_final(
     card: str,
     world: World,
     revision: str | None = None,
+    seed: int = 0,
 ) -> Final:
     """Writes `final/` and reads it back. A collective: the ranks write and read side by side.
 
@@ -84,6 +85,7 @@ def save_final(
         card: the model card.
         world: the ranks.
         revision: the commit of a base model of the hub.
+        seed: that an adapter was drawn with.
 
     Raises:
         ExportError: it can't be written, or what is read back differs from the checkpoint.
@@ -112,7 +114,8 @@ def save_final(
         if adapter.kind == "none":
             unchanged = _save_model(staging, base, weights, reader, dtype, world)
         else:
-            unchanged = _save_adapter(staging, base, adapter, reader, world)
+            ready = world.together(lambda: _adapted(run, base, adapter, seed), (UserError, OSError))
+            unchanged = _save_adapter(run, staging, adapter, ready, reader, world)
         _main(world, finish)
     except ExportError:
         if world.is_main:
@@ -275,31 +278,36 @@ def _save_configs(target: Path, base: PreTrainedModel, folder: Path, dtype: torc
 
 
 def _save_adapter(
-    target: str, base: PreTrainedModel, config: AdapterConfig, reader: Reader, world: World
+    run: RunDir, target: str, config: AdapterConfig, ready: Any, reader: Reader, world: World
 ) -> list[str]:
-    """Writes a peft directory and compares it with the checkpoint; returns what did not change. Rank 0 alone writes."""
+    """Writes a peft directory and compares it with the checkpoint; returns what did not change. Rank 0 alone writes.
+
+    `ready` is the peft model, without the base's weights.
+    """
     unchanged: list[str] = []
 
     def write() -> None:
-        model: Any = adapters.apply(base, config, torch.float32)
         names = [name for name in reader.shapes if name.startswith(_PREFIX)]
-        tensors = {name.removeprefix(_PREFIX): reader.whole(name) for name in names}
-        with _beside(target) as local:
-            # peft would otherwise ask the hub whether the vocabulary has grown.
-            model.save_pretrained(str(local), state_dict=tensors, save_embedding_layers=False)
-        saved = TensorFile(f"{target}/{_ADAPTER_FILE}")
-        if problem := _difference(saved, _as_saved(model, tensors)):
+        trained = {name.removeprefix(_PREFIX): reader.whole(name) for name in names}
+        begun = {name: parameter for name, parameter in ready.named_parameters() if name in trained}
+        unchanged.extend(n for n, p in begun.items() if not p.is_meta and torch.equal(p.float(), trained[n]))
+        adapter = Initial.of(ready, trained)
+        if config.changes_base:
+            adapter = as_plain_lora(adapter, Initial.read(run.initial))
+        adapter.config.inference_mode = True  # as peft saves it
+        adapter.write(target)
+        if problem := _difference(TensorFile(f"{target}/{TENSORS}"), adapter.tensors):
             raise ExportError(problem)
-        unchanged.extend(name for name, tensor in tensors.items() if "lora_B" in name and not tensor.any())
 
     _main(world, write)
     return list(world.broadcast(unchanged))
 
 
-def _as_saved(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    from peft import get_peft_model_state_dict
-
-    return dict(get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False))
+def _adapted(run: RunDir, base: PreTrainedModel, config: AdapterConfig, seed: int) -> Any:
+    """The peft model as training began with it, without the base's weights."""
+    torch.manual_seed(seed)
+    begun = Initial.read(run.initial) if initial.is_needed(config) else None
+    return initial.adapted(base, config, torch.float32, begun)
 
 
 def _difference(saved: TensorFile, expected: Mapping[str, torch.Tensor]) -> str | None:

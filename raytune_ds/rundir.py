@@ -3,6 +3,7 @@
 config.json      the resolved config
 metrics.jsonl    one line per optimizer step, one per evaluation
 checkpoints/     step-00000120/ ...
+initial/         what the adapter began with, where that was not drawn
 final/           the adapter, or the model
 result.json      how it ended
 ds_config.json   what DeepSpeed was really given, where it was the engine
@@ -52,6 +53,11 @@ class RunDir:
     def final(self) -> str:
         """What the user takes home."""
         return f"{self.path}/final"
+
+    @property
+    def initial(self) -> str:
+        """What the adapter began with, where that was not drawn."""
+        return f"{self.path}/initial"
 
     @property
     def result(self) -> str:

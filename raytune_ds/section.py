@@ -1,7 +1,8 @@
 """What every section of the config tree is made of: strict and frozen, and checks that several of them share."""
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, get_args
 from urllib.parse import parse_qsl, urlsplit
 
@@ -71,3 +72,45 @@ class Section(BaseModel):
             if bool not in types and types & {int, float}:
                 raise ValueError("takes a number, not true or false")
         return value
+
+
+class Setting(Section):
+    """A key, dotted, and its value."""
+
+    key: str
+    value: Any
+
+
+def as_settings(given: Any, example: str) -> Any:
+    """A mapping, however deep, as settings with dotted keys; what is none is left to pydantic.
+
+    Raises:
+        ValueError: it is no mapping, or a key is in it nested and dotted, which YAML does not see; `example` shows one.
+    """
+    if isinstance(given, tuple) and all(isinstance(item, Setting) for item in given):
+        return given
+    if not isinstance(given, dict):
+        raise ValueError(f"takes keys and their values: {example}")
+    settings = list(_settings(given))
+    counts = Counter(setting["key"] for setting in settings)
+    if twice := [f"{key}: is named twice" for key, count in counts.items() if count > 1]:
+        raise ValueError("; ".join(twice))
+    return settings
+
+
+def as_mapping(settings: Iterable[Setting]) -> dict[str, Any]:
+    """Dotted key to value."""
+    return {setting.key: setting.value for setting in settings}
+
+
+def _settings(given: Mapping[str, Any], prefix: str = "") -> Iterator[dict[str, Any]]:
+    for name, value in given.items():
+        if isinstance(value, dict) and value:
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield {"key": f"{prefix}{name}", "value": frozen(value)}
+
+
+def frozen(value: Any) -> Any:
+    """Lists as tuples, however deep: a config is hashable."""
+    return tuple(frozen(item) for item in value) if isinstance(value, list | tuple) else value

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
-from raytune_ds.section import Count, Section, about
+from raytune_ds.section import Count, Section, Setting, about, as_mapping, as_settings, frozen
 
 Metric = Literal["eval_loss", "loss", "trainable_parameters", "tokens", "seconds", "tokens_per_s"]
 Mode = Literal["min", "max"]
@@ -38,13 +38,6 @@ class Dimension(Section):
     key: str
     verb: str
     values: tuple[Any, ...]
-
-
-class Setting(Section):
-    """A key, dotted, and its value."""
-
-    key: str
-    value: Any
 
 
 class SearcherConfig(Section):
@@ -186,18 +179,11 @@ class SweepConfig(Section):
     @field_validator("trial", mode="before")
     @classmethod
     def _read_trial(cls, given: Any) -> Any:
-        if _all_are(Setting, given):
-            return given
-        if not isinstance(given, dict):
-            raise ValueError("takes keys and their values: {train.max_steps: 100}")
-        settings = list(_settings(given))
-        if problems := _named_twice(setting["key"] for setting in settings):
-            raise ValueError("; ".join(problems))
-        return settings
+        return as_settings(given, example="{train.max_steps: 100}")
 
     @field_serializer("trial")
     def _write_trial(self, trial: tuple[Setting, ...]) -> dict[str, Any]:
-        return {setting.key: setting.value for setting in trial}
+        return as_mapping(trial)
 
     @field_validator("metric", "mode", mode="before")
     @classmethod
@@ -266,14 +252,6 @@ def _is_nested(key: str, value: Mapping[str, Any]) -> bool:
     return bool(value) and ("." not in key or any(isinstance(inner, dict) for inner in value.values()))
 
 
-def _settings(given: Mapping[str, Any], prefix: str = "") -> Iterator[dict[str, Any]]:
-    for name, value in given.items():
-        if isinstance(value, dict) and value:
-            yield from _settings(value, f"{prefix}{name}.")
-        else:
-            yield {"key": f"{prefix}{name}", "value": frozen(value)}
-
-
 def _dimension(key: str, spec: Any, problems: list[str]) -> dict[str, Any] | None:
     """A dimension; what is wrong with it is added to `problems`."""
     verbs = ", ".join(NUMBERS_OF)
@@ -322,8 +300,3 @@ def _step_problem(low: float, high: float, step: float) -> str | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-
-
-def frozen(value: Any) -> Any:
-    """Lists as tuples, however deep: a config is hashable."""
-    return tuple(frozen(item) for item in value) if isinstance(value, list | tuple) else value

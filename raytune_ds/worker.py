@@ -32,8 +32,10 @@ from raytune_ds.errors import UserError
 from raytune_ds.export import ExportError, Final, describe, save_final
 from raytune_ds.hooks import Orders, Report, hooks_of
 from raytune_ds.loop import Progress, train
+from raytune_ds.model import initial
 from raytune_ds.model.build import Built, build
 from raytune_ds.model.flops import Flops, peak_flops
+from raytune_ds.model.initial import Initial
 from raytune_ds.model.load import compute_dtype
 from raytune_ds.model.weights import fingerprint
 from raytune_ds.modelcard import model_card
@@ -104,7 +106,8 @@ def _run(
     world.together(
         lambda: engines.prepare(choice.kind, choice.settings, config.train, given, world.device, say)
     )
-    built = world.together(lambda: _build(assignment, world, choice, dtype))
+    begun = _initial(assignment, world, dtype, report)
+    built = world.together(lambda: _build(assignment, world, choice, dtype, begun))
     flops = Flops.of(built)
     found = _where_to_start(assignment, world, report)
     tracking = world.together(lambda: _open_tracking(assignment, world, found, report))
@@ -197,7 +200,39 @@ def _choose(assignment: Assignment, world: World, dtype: torch.dtype) -> Choice:
     )
 
 
-def _build(assignment: Assignment, world: World, choice: Choice, dtype: torch.dtype) -> Built:
+def _initial(assignment: Assignment, world: World, dtype: torch.dtype, report: Report) -> Initial | None:
+    """What the adapter begins with, where that is not drawn; rank 0 makes it, once a run. A collective.
+
+    Raises:
+        UserError: it can't be made.
+    """
+    config, folder = assignment.config, assignment.run.initial
+    if not initial.is_needed(config.adapter):
+        return None
+
+    def make() -> None:
+        if not world.is_main or storage.exists(f"{folder}/{initial.CONFIG}"):
+            return
+        report("note", {"text": f"making what the adapter begins with, kept in {folder}"})
+        share = _share(assignment, world)
+        batches = read(assignment.store, "train", share, range(assignment.plan.total_steps))
+        initial.make(
+            assignment.model,
+            config.adapter,
+            config.run.seed,
+            assignment.base.revision,
+            lambda: (batch for step in batches for batch in step),
+            dtype,
+            world.device,
+        ).write(folder)
+
+    world.together(make)
+    return world.together(lambda: Initial.read(folder))
+
+
+def _build(
+    assignment: Assignment, world: World, choice: Choice, dtype: torch.dtype, begun: Initial | None
+) -> Built:
     config, base = assignment.config, assignment.base
     if base.revision is None and _fingerprint_here(assignment.model.name) != base.fingerprint:
         raise UserError(
@@ -213,6 +248,7 @@ def _build(assignment: Assignment, world: World, choice: Choice, dtype: torch.dt
         checkpoint_activations=_checkpoints_activations(config, world),
         autocast=engines.wants_autocast(choice.kind),
         revision=base.revision,
+        initial=begun,
     )
 
 
@@ -398,6 +434,7 @@ def _save_final(
             card,
             world,
             assignment.base.revision,
+            config.run.seed,
         )
     except ExportError as error:
         raise UserError(

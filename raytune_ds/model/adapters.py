@@ -1,277 +1,287 @@
-"""LoRA through peft: which modules get an adapter, and an honest account of which did and which did not."""
+"""Adapters of any kind through peft: its config from ours, and a model wrapped in one.
+
+Peft makes each kind's weights in its own way, on the device of the layer that it wraps. A model without weights has
+none; so while peft is at work, every base weight is a single number that is read as a whole matrix, which takes no
+memory. What a kind takes from the real weights (`needs_base_weights`) is computed layer by layer in `model/initial`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import re
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from raytune_ds.config import AdapterConfig
-from raytune_ds.console import human_count
+from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.errors import UserError
+from raytune_ds.model.targets import NOT_IN_LAYERS, Chosen, choose, shortest_names
+from raytune_ds.section import as_mapping
 
-WHOLE_MODEL_WORDS = ("auto", "all-linear")
+NAME = "default"
+"""Of the adapter within a peft model, as peft calls it where one gives none."""
 
-
-@dataclass(frozen=True)
-class Group:
-    """Parameters of one kind, over all layers.
-
-    Attributes:
-        name: the last part of the module's or parameter's name.
-        count: how many of them the model has.
-        shape: of one of them, as text.
-        num_parameters: of the base model, all of them together.
-        note: why there is no adapter; empty where there is one.
-    """
-
-    name: str
-    count: int
-    shape: str
-    num_parameters: int
-    note: str
+# Keys of ours that peft has other names for; some of its methods call a thing as lora does, some plainly.
+_SPELLED: dict[str, tuple[str, ...]] = {
+    "r": ("r",),
+    "alpha": ("lora_alpha", "alpha"),
+    "dropout": ("lora_dropout", "module_dropout", "vera_dropout", "dropout"),
+    "bias": ("bias",),
+}
 
 
-@dataclass(frozen=True)
-class AdapterReport:
-    """What is trained and what is not."""
+def kinds() -> list[str]:
+    """The methods of peft that wrap layers in place, by the names that `adapter.kind` takes."""
+    from peft import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    trainable: int
-    total: int
-    adapted: tuple[Group, ...]
-    left_alone: tuple[Group, ...]
-
-    def lines(self) -> list[str]:
-        """As a person reads it."""
-        share = 100 * self.trainable / self.total
-        head = f"{human_count(self.trainable)} of {human_count(self.total)} parameters are trained ({share:.2f}%)"
-        if not self.adapted:
-            return [head]
-        adapted = ", ".join(f"{group.name} x{group.count}" for group in self.adapted)
-        reasons: dict[str, list[str]] = {}
-        for group in self.left_alone:
-            reasons.setdefault(group.note, []).append(f"{group.name} x{group.count}")
-        alone = [f"  not adapted: {', '.join(names)} ({why})" for why, names in reasons.items()]
-        return [head, f"  adapted: {adapted}", *alone]
+    return sorted(
+        str(kind.value).lower()
+        for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+        if not issubclass(made, PromptLearningConfig) and "target_modules" in {f.name for f in fields(made)}
+    )
 
 
-def resolve_targets(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
-    """The full names of the modules that get an adapter.
+def peft_config(model: PreTrainedModel, config: AdapterConfig, chosen: Chosen) -> Any:
+    """What peft makes the adapter from.
 
     Args:
         model: weights are not needed.
-        config: `targets` is auto (every linear layer that peft lets an adapter stay on, see `_moved_by_peft`),
-            all-linear (every linear layer but the output head), a list of names or ends of names, or a regular
-            expression for the full name. Routers and fused routed experts are no linear layers.
+        config: ours.
+        chosen: what gets an adapter.
 
     Raises:
-        UserError: a target matches nothing; the message names those that would. Or peft would put it elsewhere.
+        UserError: peft knows no such method, or refuses an option.
     """
-    candidates = linear_names(model)
-    moved = _moved_by_peft(model, {_short(name) for name in candidates})
-    matched = _matching(model, config.targets, candidates, moved)
-    if refused := sorted({_short(name) for name in matched} & moved):
+    made = _config_class(config.kind)
+    known = {field.name for field in fields(made)}
+    values: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    values |= _spelled(config, known)
+    values |= _targets(model, config, chosen, known)
+    if config.kind == "lora":
+        values |= {
+            "use_rslora": config.use_rslora,
+            "use_dora": config.use_dora,
+            "init_lora_weights": True if config.init_lora_weights == "default" else config.init_lora_weights,
+            "rank_pattern": as_mapping(config.rank_pattern),
+            "alpha_pattern": as_mapping(config.alpha_pattern),
+        }
+    if config.modules_to_save:
+        values["modules_to_save"] = _existing(model, config.modules_to_save)
+    values |= _options(config, known)
+    try:
+        return made(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"adapter: peft refuses it: {_first_line(error)}") from error
+
+
+def _config_class(kind: str) -> Any:
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if kind not in (known := kinds()):
+        close = difflib.get_close_matches(kind, known, 3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise UserError(
-            f"adapter.targets: {', '.join(refused)}: in this {model.config.model_type} model peft puts an adapter of "
-            "that name on the fused routed experts instead, and none on the dense and shared experts that it names.\n"
-            f"Use adapter.targets=auto ({', '.join(sorted({_short(n) for n in candidates} - moved))})."
+            f"adapter.kind = {kind}: no method of peft that adapts layers; {hint}"
+            f"There are {', '.join(known)}, and none."
         )
-    return matched
+    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind.upper())]
 
 
-def _matching(
-    model: PreTrainedModel, targets: str | tuple[str, ...], candidates: list[str], moved: set[str]
-) -> list[str]:
-    if targets == "auto":
-        return [name for name in candidates if _short(name) not in moved]
-    if targets == "all-linear":
-        return candidates
-    if isinstance(targets, str):
-        matched = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
-        if others := [name for name in matched if name not in candidates]:
+def _spelled(config: AdapterConfig, known: set[str]) -> dict[str, Any]:
+    values = {}
+    for key, spellings in _SPELLED.items():
+        value = getattr(config, key)
+        spelling = next((name for name in spellings if name in known), None)
+        if spelling is not None and value is not None:
+            values[spelling] = value
+        elif spelling is None and value not in (None, type(config).model_fields[key].default):
             raise UserError(
-                f"adapter.targets: {targets!r} also matches {', '.join(others[:3])}, which can't take an adapter: "
-                "only linear layers other than the output head can."
+                f"adapter.{key} = {value}: has no meaning with adapter.kind={config.kind}; leave it out."
             )
-        if not matched:
-            raise UserError(_no_match(model, [targets], candidates, moved))
-        return matched
-    misses = [t for t in targets if not any(_ends_with(name, t) for name in candidates)]
-    if misses:
-        raise UserError(_no_match(model, misses, candidates, moved))
-    return [name for name in candidates if any(_ends_with(name, target) for target in targets)]
+    return values
 
 
-def _moved_by_peft(model: PreTrainedModel, names: set[str]) -> set[str]:
-    """Those of `names` that peft rewrites to the fused routed experts.
+def _targets(
+    model: PreTrainedModel, config: AdapterConfig, chosen: Chosen, known: set[str]
+) -> dict[str, Any]:
+    owners = {matrix.owner for matrix in chosen.modules}
+    names = {matrix.name for matrix in chosen.parameters}
+    others = {name for name, _ in model.named_modules()} - owners
+    values: dict[str, Any] = {}
+    if config.layers is not None and "layers_to_transform" in known:
+        values["layers_to_transform"] = (
+            sorted({m.layer for m in chosen.modules if m.layer is not None}) or None
+        )
+        others -= {m.owner for m, why in chosen.left if why == NOT_IN_LAYERS}
+    values["target_modules"] = shortest_names(owners, others)
+    if names:
+        others = {name for name, _ in model.named_parameters()} - names
+        values["target_parameters"] = shortest_names(names, others, words=2)
+    if "feedforward_modules" in known:  # IA3 scales what goes into these, and what comes out of the others
+        feedforward = {matrix.owner for matrix in chosen.modules if matrix.part != "attention"}
+        values["feedforward_modules"] = shortest_names(feedforward, owners - feedforward)
+    return values
 
-    peft 0.21 does so for architectures whose experts transformers 5 has fused, also where the name means a dense or a
-    shared expert, and again when an adapter is loaded (https://github.com/huggingface/peft/issues/3711). An adapter
-    that plain peft loads as it was trained must keep clear of these names.
+
+def _existing(model: PreTrainedModel, names: tuple[str, ...]) -> list[str]:
+    """Modules to save whole.
+
+    Raises:
+        UserError: there is none of a name.
     """
-    if not any(parameter.ndim == 3 for parameter in model.parameters()):
-        return set()
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
-    config = LoraConfig(target_modules=sorted(names))
-    convert_peft_config_for_transformers(config, model, None)
-    return names - set(config.target_modules or ())
-
-
-def linear_names(model: PreTrainedModel) -> list[str]:
-    """Full names of all linear layers but the output head."""
-    head = model.get_output_embeddings()
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    there = [name for name, _ in model.named_modules()]
+    for name in names:
+        if not any(full == name or full.endswith(f".{name}") for full in there):
+            near = difflib.get_close_matches(name, {full.rpartition(".")[2] for full in there}, 3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "."
+            raise UserError(f"adapter.modules_to_save: {name!r} is no module of this model{hint}")
+    return list(names)
 
 
-def apply(model: PreTrainedModel, config: AdapterConfig, trained_dtype: torch.dtype) -> nn.Module:
+def _options(config: AdapterConfig, known: set[str]) -> dict[str, Any]:
+    """Nested again: `eva_config.rho` is one of several options of `eva_config`."""
+    values: dict[str, Any] = {}
+    for key, value in as_mapping(config.options).items():
+        *above, last = key.split(".")
+        if (first := (*above, last)[0]) not in known:
+            near = difflib.get_close_matches(first, known, 3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"It has {', '.join(sorted(known))}."
+            raise UserError(f"adapter.options.{first}: {config.kind} has no such option; {hint}")
+        inner = values
+        for name in above:
+            inner = inner.setdefault(name, {})
+        inner[last] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def apply(
+    model: PreTrainedModel, config: AdapterConfig, trained_dtype: torch.dtype, made: Any = None
+) -> nn.Module:
     """The model made ready: with an adapter around it, or with all its parameters trainable.
 
     Args:
         model: without weights; those of the adapter are real afterwards.
         config: what is trained.
         trained_dtype: of what is trained, whatever the base model is in.
+        made: the peft config to take, where it is not to be made of `config`: that of an adapter that is there.
 
     Raises:
-        UserError: a target matches nothing.
+        UserError: a target matches nothing, or peft refuses the adapter.
     """
-    ready = model.requires_grad_(True) if config.kind == "none" else _with_adapter(model, config)
+    if config.kind == "none":
+        ready: nn.Module = model.requires_grad_(True)
+    else:
+        ready = wrap(model, made or peft_config(model, config, choose(model, config)))
     for parameter in ready.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(trained_dtype)
     return ready
 
 
-def _with_adapter(model: PreTrainedModel, config: AdapterConfig) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora import LoraLayer
+def wrap(model: PreTrainedModel, made: Any, in_memory: bool = True) -> nn.Module:
+    """A peft model around one without weights; its adapter begins as peft draws it.
 
-    resolved = resolve_targets(model, config)
-    lora = LoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft computes alpha / r; it need not be whole
-        lora_dropout=config.dropout,
-        bias=config.bias,
-        target_modules=_for_peft(config.targets, resolved),
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(devices=[]):  # what is drawn here is drawn again below
-        ready = get_peft_model(model, lora)
-    for module in ready.modules():
-        if isinstance(module, LoraLayer):
-            _give_weights(module, ready.active_adapter)
-    return ready
-
-
-def _give_weights(layer: Any, adapter: str) -> None:
-    """Initial weights for an adapter that peft, finding a layer without weights, has put on the meta device too.
-
-    Random numbers are drawn as peft draws them for a layer with weights: a seed gives the same adapter either way.
-    """
-    for part in (layer.lora_A[adapter], layer.lora_B[adapter]):
-        part.to_empty(device="cpu").reset_parameters()
-    layer.reset_lora_parameters(adapter, init_lora_weights=True)
-
-
-def report(model: PreTrainedModel, config: AdapterConfig) -> AdapterReport:
-    """What the config will train of `model`, whose weights are not needed.
+    Args:
+        model: parameters may be on the meta device, and are the same objects afterwards.
+        made: a peft config; of how a LoRA adapter begins only what is drawn is heeded.
+        in_memory: False: the adapter's weights have shapes only.
 
     Raises:
-        UserError: a target matches nothing.
+        UserError: peft refuses it.
     """
-    total = sum(p.numel() for p in model.parameters())
-    if config.kind == "none":
-        return AdapterReport(total, total, (), ())
-    chosen = set(resolve_targets(model, config))
-    adapted: dict[str, list[nn.Linear]] = {}
-    for name, module in model.named_modules():
-        if name in chosen and isinstance(module, nn.Linear):
-            adapted.setdefault(_short(name), []).append(module)
-    groups = [
-        Group(
-            name,
-            len(modules),
-            f"{modules[0].in_features}x{modules[0].out_features}",
-            sum(m.weight.numel() for m in modules),
-            note="",
-        )
-        for name, modules in adapted.items()
+    from peft import get_peft_model
+
+    begins = getattr(made, "init_lora_weights", None)
+    if begins is not None and begins != "gaussian":
+        made.init_lora_weights = True
+    try:
+        with _standing_in(model) if in_memory else contextlib.nullcontext():
+            return get_peft_model(model, made, low_cpu_mem_usage=not in_memory)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"adapter: peft refuses it: {_first_line(error)}") from error
+    finally:
+        if begins is not None:
+            made.init_lora_weights = begins
+
+
+@contextlib.contextmanager
+def _standing_in(model: nn.Module) -> Iterator[None]:
+    """Parameters on the meta device are stood in for by real ones of a single number each; see the module."""
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_meta
     ]
-    linears = (module for modules in adapted.values() for module in modules)
-    added = sum(config.r * (m.in_features + m.out_features) for m in linears)
-    trainable = added + _num_trained_biases(model, config, chosen)
-    return AdapterReport(trainable, total + added, tuple(groups), tuple(_left_alone(model, chosen)))
+    stand_ins = {
+        id(p): nn.Parameter(torch.zeros(()).expand(p.shape), requires_grad=False) for _, _, p in places
+    }
+    for module, name, parameter in places:
+        module._parameters[name] = stand_ins[id(parameter)]
+    try:
+        yield
+    finally:
+        for module, name, parameter in places:
+            parameter.requires_grad = stand_ins[id(parameter)].requires_grad
+            module._parameters[name] = parameter
 
 
-def _num_trained_biases(model: PreTrainedModel, config: AdapterConfig, chosen: set[str]) -> int:
-    biases = [(n, p) for n, p in model.named_parameters() if n.endswith(".bias")]
-    if config.bias == "none":
-        return 0
-    return sum(p.numel() for n, p in biases if config.bias == "all" or n.removesuffix(".bias") in chosen)
+def trained_part(module: Any) -> nn.Module:
+    """A module, or the copy of it that is trained where peft keeps one (`modules_to_save`)."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    part: nn.Module = module.modules_to_save[NAME] if isinstance(module, ModulesToSaveWrapper) else module
+    return part
 
 
-def _left_alone(model: PreTrainedModel, chosen: set[str]) -> list[Group]:
-    groups: dict[tuple[str, str], list[nn.Parameter]] = {}
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    why_of = {id(head.weight): "output head", id(embeddings.weight): "embedding"}
-    linear = {f"{name}.weight" for name in linear_names(model)}
-    moved = _moved_by_peft(model, {_short(name) for name in linear_names(model)})
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0] in chosen or parameter.ndim < 2:
-            continue
-        if parameter.ndim == 3:
-            why = "routed experts, fused into one parameter a layer"
-        elif name in linear:
-            why = (
-                "dense and shared experts: peft would put adapters of these names on the routed experts"
-                if _short(name.removesuffix(".weight")) in moved
-                else "not among adapter.targets"
-            )
-        else:
-            why = why_of.get(id(parameter), "router")
-        short = ".".join(name.removesuffix(".weight").split(".")[-2:])
-        groups.setdefault((short, why), []).append(parameter)
-    return [
-        Group(name, len(ps), "x".join(map(str, ps[0].shape)), sum(p.numel() for p in ps), why)
-        for (name, why), ps in groups.items()
-    ]
+def trained_whole(ready: nn.Module) -> dict[str, nn.Parameter]:
+    """Name of each parameter of such a copy -> the parameter that it is a copy of."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return {
+        f"{name}.modules_to_save.{NAME}.{inner}": original
+        for name, module in ready.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for inner, original in module.original_module.named_parameters()
+    }
 
 
-def _for_peft(targets: str | tuple[str, ...], resolved: Sequence[str]) -> str | list[str]:
-    """What stands in adapter_config.json: for a whole model the short names, for people and servers to read."""
-    if targets in WHOLE_MODEL_WORDS:
-        return sorted({_short(name) for name in resolved})
-    return targets if isinstance(targets, str) else list(targets)
+def deltas(ready: nn.Module) -> dict[str, Delta]:
+    """Name of each weight with a LoRA adapter -> what the adapter adds to it."""
+    from peft.tuners.lora import LoraLayer
 
-
-def _short(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _ends_with(name: str, target: str) -> bool:
-    """Peft's rule for a list of targets."""
-    return name == target or name.endswith(f".{target}")
-
-
-def _no_match(
-    model: PreTrainedModel, misses: Sequence[str], candidates: Sequence[str], moved: set[str]
-) -> str:
-    short = Counter(_short(name) for name in candidates if _short(name) not in moved)
-    lines = []
-    for miss in misses:
-        close = difflib.get_close_matches(miss, short, 4, cutoff=0.6)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        lines.append(
-            f"adapter.targets: {miss!r} matches no linear layer of this {model.config.model_type} model{hint}"
+    layers: list[tuple[str, Any]] = [(n, m) for n, m in ready.named_modules() if isinstance(m, LoraLayer)]
+    return {
+        f"{name}.base_layer.weight": Delta(
+            layer.lora_A[NAME].weight.detach().clone(),
+            layer.lora_B[NAME].weight.detach().clone(),
+            layer.scaling[NAME],
         )
-    listed = ", ".join(f"{name} (x{count})" for name, count in sorted(short.items()))
-    lines.append(f"Those that would match: {listed}. Or leave adapter.targets at auto.")
-    return "\n".join(lines)
+        for name, layer in layers
+    }
+
+
+@dataclass(frozen=True)
+class Delta:
+    """`scale` times B times A, any range of it. Axes: R = rank, I = inputs, O = outputs."""
+
+    a_RI: torch.Tensor
+    b_OR: torch.Tensor
+    scale: float
+
+    def __call__(self, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) in row-major order, float32."""
+        width = self.a_RI.shape[1]
+        first, last = start // width, -(-stop // width)
+        rows = self.scale * (self.b_OR[first:last].float() @ self.a_RI.float())
+        return rows.reshape(-1)[start - first * width : stop - first * width]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

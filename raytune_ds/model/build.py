@@ -12,9 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from raytune_ds.config import AdapterConfig, ModelConfig
+from raytune_ds.adapterconfig import AdapterConfig
+from raytune_ds.config import ModelConfig
 from raytune_ds.model import adapters
-from raytune_ds.model.load import hold_in, packed_attention, parts, skeleton
+from raytune_ds.model.initial import Initial, adapted
+from raytune_ds.model.load import hold_in, own_attention, packed_attention, parts, runs_on_packs, skeleton
 from raytune_ds.model.packed import PackedLM
 from raytune_ds.model.weights import Read, Weights, locate, open_weights
 
@@ -53,6 +55,7 @@ def build(
     checkpoint_activations: bool,
     autocast: bool = True,
     revision: str | None = None,
+    initial: Initial | None = None,
 ) -> Built:
     """What a config trains.
 
@@ -65,17 +68,19 @@ def build(
         checkpoint_activations: recompute activations in the backward pass instead of keeping them.
         autocast: parameters are computed with in `dtype` whatever they are held in.
         revision: the commit of a model of the hub.
+        initial: what the adapter begins with, where that is not drawn.
 
     Raises:
         UserError: the model can't be loaded, or a target matches nothing.
     """
-    base = skeleton(config, packed_attention(config))
+    end_to_end = runs_on_packs(config)
+    base = skeleton(config, packed_attention(config) if end_to_end else own_attention(config))
     weights = open_weights(locate(config, revision), base)
     for name, buffer in base.named_buffers():
         if name in weights:
             buffer.copy_(weights(name, 0, buffer.numel()).view_as(buffer))
     hold_in(base, dtype)
-    decoder, head = parts(base)
+    decoder, _ = parts(base)
     names = {id(parameter): name for name, parameter in base.named_parameters()}
     if checkpoint_activations:
         # ZeRO-3 frees parameters once they are used, which torch's check takes for a recomputation that differs.
@@ -83,11 +88,13 @@ def build(
             gradient_checkpointing_kwargs={"use_reentrant": False, "determinism_check": "none"}
         )
     torch.manual_seed(seed)
-    module = PackedLM(adapters.apply(base, adapter, trained_dtype), decoder, head, dtype, autocast)
+    ready = adapted(base, adapter, trained_dtype, initial)
+    head = adapters.trained_part(base.get_output_embeddings())
+    module = PackedLM(ready, decoder, head, dtype, autocast, end_to_end)
     _keep_routers_precise(base)
     return Built(
         module=module,
-        read=_Initial(module, names, weights),
+        read=_Initial(module, names, weights, initial, adapter.changes_base),
         blocks=_blocks(base),
         base=base,
         trained={name: p.shape for name, p in module.named_parameters() if p.requires_grad},
@@ -97,17 +104,32 @@ def build(
 class _Initial:
     """What a parameter of the module begins with: the base model's weight, or the adapter's own."""
 
-    def __init__(self, module: nn.Module, names: Mapping[int, str], weights: Weights) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Mapping[int, str],
+        weights: Weights,
+        initial: Initial | None,
+        taken_out: bool,
+    ) -> None:
+        """`taken_out`: what the adapter begins with is missing from the base weights."""
         # By identity: peft renames the modules that it wraps, but keeps their parameters.
         self._weights = weights
         self._base = {name: names[id(p)] for name, p in module.named_parameters() if id(p) in names}
-        self._fresh = {n: p.detach().clone() for n, p in module.named_parameters() if id(p) not in names}
+        whole = adapters.trained_whole(module)
+        if initial is None:
+            self._base |= {name: names[id(original)] for name, original in whole.items()}
+        self._fresh = {n: p.detach().clone() for n, p in module.named_parameters() if n not in self._base}
+        self._taken = adapters.deltas(module) if taken_out else {}
 
     def __call__(self, name: str, start: int, stop: int) -> torch.Tensor:
         """See Read."""
         if name in self._fresh:
             return self._fresh[name].reshape(-1)[start:stop]
-        return self._weights(self._base[name], start, stop)
+        value = self._weights(self._base[name], start, stop)
+        if name in self._taken:
+            value = value.float() - self._taken[name](start, stop)
+        return value
 
 
 def _keep_routers_precise(base: PreTrainedModel) -> None:

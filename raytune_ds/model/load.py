@@ -21,15 +21,10 @@ from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
 from raytune_ds.model import attention, weights
 
-# What packed attention and `PackedLM` leave out. The last one is the sparse attention of DeepSeek-V3.2 and V4.
-UNSUPPORTED = (
-    "final_logit_softcapping",
-    "attn_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "use_sliding_window",
-    "index_topk",
-)
+# What `PackedLM`, which makes logits itself, leaves out.
+UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+# Attention that is more than causal; of layer_types anything but full attention, such as DeepSeek-V3.2's and V4's.
+_MORE_THAN_CAUSAL = ("attn_logit_softcapping", "sliding_window", "index_topk", "attention_chunk_size")
 # Names for the error message of one that does not exist: tutorials are full of invented ones.
 DEEPSEEK_MODELS = (
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
@@ -104,15 +99,18 @@ def load_for_generation(config: ModelConfig, dtype: torch.dtype, device: torch.d
     Raises:
         UserError: it can't be loaded.
     """
-    return _from_pretrained(config, dtype=dtype, attn_implementation="sdpa", device_map={"": device}).eval()
+    attention = own_attention(config)
+    return _from_pretrained(
+        config, dtype=dtype, attn_implementation=attention, device_map={"": device}
+    ).eval()
 
 
-def skeleton(config: ModelConfig, attention: str = "sdpa") -> PreTrainedModel:
+def skeleton(config: ModelConfig, attention: str | None = None) -> PreTrainedModel:
     """The model without weights: parameters have shapes only (on the meta device, float32), buffers are real.
 
     Args:
         config: names it.
-        attention: the implementation it is built with.
+        attention: the implementation it is built with; None: what transformers takes for it.
 
     Raises:
         UserError: there is no such model, or it can't be trained.
@@ -120,8 +118,8 @@ def skeleton(config: ModelConfig, attention: str = "sdpa") -> PreTrainedModel:
     model_config = load_config(config)
     if unsupported := [name for name in UNSUPPORTED if getattr(model_config, name, None)]:
         raise UserError(
-            f"model.name = {config.name}: its {', '.join(unsupported)} would be lost in training on packs; "
-            "models that need it are not supported."
+            f"model.name = {config.name}: its {', '.join(unsupported)} would be lost in training; models that need it "
+            "are not supported."
         )
     _forget_quantization(config, model_config)
     try:
@@ -207,10 +205,28 @@ def _from_pretrained(config: ModelConfig, **how: Any) -> PreTrainedModel:
     return model
 
 
+def runs_on_packs(config: ModelConfig) -> bool:
+    """Whether a model's attention is causal attention and no more, so that documents can lie end to end in one row.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    model_config = load_config(config)
+    kinds = set(getattr(model_config, "layer_types", None) or ())
+    more = any(getattr(model_config, name, None) for name in _MORE_THAN_CAUSAL)
+    return kinds <= {"full_attention"} and not more
+
+
 def packed_attention(config: ModelConfig) -> str:
     """The name to build a model with that runs on packs, as `model.attention` says."""
     attention.choose(config.attention)
     return attention.register()
+
+
+def own_attention(config: ModelConfig) -> str | None:
+    """The name to build one with that does not: None leaves it to transformers."""
+    # Of its own accord it takes one that leaves capped scores out.
+    return "eager" if getattr(load_config(config), "attn_logit_softcapping", None) else None
 
 
 def _place(config: ModelConfig) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from raytune_ds.data.batch import Batch
@@ -21,7 +22,13 @@ class PackedLM(nn.Module):
     """A causal language model that runs on packs and makes logits only where they are trained on."""
 
     def __init__(
-        self, model: nn.Module, decoder: nn.Module, head: nn.Module, dtype: torch.dtype, autocast: bool = True
+        self,
+        model: nn.Module,
+        decoder: nn.Module,
+        head: nn.Module,
+        dtype: torch.dtype,
+        autocast: bool = True,
+        end_to_end: bool = True,
     ) -> None:
         """Wraps `model`.
 
@@ -31,6 +38,8 @@ class PackedLM(nn.Module):
             head: its part from there to logits.
             dtype: what is computed in.
             autocast: parameters may be held in float32 all the same.
+            end_to_end: the model's attention keeps documents apart that lie end to end in one row; False: it is
+                given them side by side, padded to the longest.
         """
         super().__init__()
         self.model = model
@@ -40,6 +49,7 @@ class PackedLM(nn.Module):
         self.losses = TokenLosses(head)
         self.dtype = dtype
         self._autocast = autocast and dtype != torch.float32
+        self._runs_end_to_end = end_to_end
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The negative log-likelihood in nats of each target whose weight is not zero: float32 [N]."""
@@ -48,6 +58,25 @@ class PackedLM(nn.Module):
             return self._losses(batch)
 
     def _losses(self, batch: Batch) -> torch.Tensor:
+        hidden_BTE = self._end_to_end(batch) if self._runs_end_to_end else self._side_by_side(batch)
+        supervised_BT = batch.weights_BT != 0
+        return self.losses(hidden_BTE[supervised_BT], batch.targets_BT[supervised_BT])
+
+    def _side_by_side(self, batch: Batch) -> torch.Tensor:
+        """The last hidden states, [B, T, E], of documents in a row each. S = documents, L = the longest of them.
+
+        Attention is causal, so what stands to the left of padding never sees it, and no mask is needed. All documents
+        go in one call: ranks that gather parameters together call the model equally often.
+        """
+        (decoder,) = self._decoder
+        documents = batch.ids_BT[0].split(batch.segments.diff().tolist())
+        lengths_S = batch.segments.diff().long()
+        ids_SL = pad_sequence(documents, batch_first=True)
+        is_token_SL = torch.arange(ids_SL.shape[1], device=ids_SL.device) < lengths_S[:, None]
+        return decoder(input_ids=ids_SL, use_cache=False).last_hidden_state[is_token_SL][None]
+
+    def _end_to_end(self, batch: Batch) -> torch.Tensor:
+        """The same, [B, T, E], of documents that lie end to end."""
         (decoder,) = self._decoder
         hidden_BTE = decoder(
             input_ids=batch.ids_BT,
@@ -58,8 +87,8 @@ class PackedLM(nn.Module):
             max_length_q=batch.max_segment,
             max_length_k=batch.max_segment,
         ).last_hidden_state
-        supervised_BT = batch.weights_BT != 0
-        return self.losses(hidden_BTE[supervised_BT], batch.targets_BT[supervised_BT])
+        assert isinstance(hidden_BTE, torch.Tensor)
+        return hidden_BTE
 
 
 class TokenLosses(nn.Module):

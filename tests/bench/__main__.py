@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from raytune_ds import engines
-from raytune_ds.config import AdapterConfig, EngineConfig, ModelConfig, TrainConfig
+from raytune_ds.adapterconfig import AdapterConfig
+from raytune_ds.config import EngineConfig, ModelConfig, TrainConfig
 from raytune_ds.console import say, table
 from raytune_ds.data.batch import collate
 from raytune_ds.data.formats import to_example

@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from raytune_ds import engines
+from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.checkpoint import Reader, directory, read_manifest
-from raytune_ds.config import AdapterConfig, CheckpointConfig, EngineConfig, ModelConfig, TrainConfig
+from raytune_ds.config import CheckpointConfig, EngineConfig, ModelConfig, TrainConfig
 from raytune_ds.data.batch import collate
 from raytune_ds.export import save_final
 from raytune_ds.loop import optimizer_step

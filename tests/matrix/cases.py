@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from raytune_ds.config import AdapterConfig, EngineConfig, TrainConfig
+from raytune_ds.adapterconfig import AdapterConfig
+from raytune_ds.config import EngineConfig, TrainConfig
 from raytune_ds.data.batch import Batch, collate
 
 ENGINES: dict[str, dict[str, Any]] = {

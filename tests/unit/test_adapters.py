@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from raytune_ds.config import AdapterConfig, ModelConfig
+from raytune_ds.adapterconfig import AdapterConfig
+from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
 from raytune_ds.model import adapters, tiny
 from raytune_ds.model.load import skeleton

@@ -12,12 +12,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from raytune_ds.config import AdapterConfig, ModelConfig
+from raytune_ds.adapterconfig import AdapterConfig
+from raytune_ds.config import ModelConfig
 from raytune_ds.engines.fill import fill
 from raytune_ds.errors import UserError
-from raytune_ds.model import adapters
+from raytune_ds.model.adapterreport import report
 from raytune_ds.model.build import Built, build
 from raytune_ds.model.load import packed_attention, skeleton
+from raytune_ds.model.targets import choose
 from raytune_ds.world import World
 from tests.unit.test_packed import documents, pack, wrap
 from tests.unit.test_weights import ARCHITECTURES, distinct, tie, to_fp8
@@ -45,8 +47,7 @@ def plain(folder: Path) -> Any:
 def plain_peft(folder: Path, **settings: Any) -> Any:
     """What a user's own script would make of a seed."""
     model = plain(folder)
-    resolved = adapters.resolve_targets(model, AdapterConfig())
-    targets = sorted({name.rpartition(".")[2] for name in resolved})
+    targets = sorted({matrix.short for matrix in choose(model, AdapterConfig()).all})
     lora = LoraConfig(r=4, lora_alpha=8.0, target_modules=targets, task_type="CAUSAL_LM", **settings)
     torch.manual_seed(SEED)
     return get_peft_model(model, lora)
@@ -82,7 +83,7 @@ def test_trained_shapes(folders: dict[str, Path], architecture: str, kind: str) 
     assert made.trained == expected
     assert made.trainable == sum(shape.numel() for shape in expected.values())
     config = AdapterConfig(kind=kind, r=4, alpha=8.0)
-    assert made.trainable == adapters.report(plain(folder), config).trainable
+    assert made.trainable == report(plain(folder), config).trainable
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -259,12 +260,3 @@ def test_a_model_of_the_real_size_is_described_in_little_memory(
     assert all(p.is_meta for p in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
     assert psutil.Process().memory_info().rss - before < 1 << 30
-
-
-@pytest.mark.parametrize("architecture", ["deepseek_v32", "deepseek_v4"])
-def test_sparse_attention_is_refused(tmp_path: Path, architecture: str) -> None:
-    from transformers import AutoConfig
-
-    AutoConfig.for_model(architecture).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="index_topk"):
-        skeleton(ModelConfig(name=str(tmp_path)))

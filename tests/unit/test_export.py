@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from raytune_ds import checkpoint, export, storage
+from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.checkpoint import Manifest, Reader
-from raytune_ds.config import AdapterConfig, Config, ModelConfig
+from raytune_ds.config import Config, ModelConfig
 from raytune_ds.engines import Piece
 from raytune_ds.export import ExportError, Final, describe, save_final
 from raytune_ds.model.build import build

@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from raytune_ds.config import AdapterConfig, ModelConfig
+from raytune_ds.adapterconfig import AdapterConfig
+from raytune_ds.config import ModelConfig
 from raytune_ds.model import adapters, tiny
 from raytune_ds.model.build import build
 from raytune_ds.model.flops import Flops, peak_flops, peak_of

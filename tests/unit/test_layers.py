@@ -19,8 +19,8 @@ ROOT = Path(raytune_ds.__file__).parent
 # From the ground up. A package's own __init__ counts as one module; those of the first line import nothing at all.
 ROOMS = """
     raytune_ds data model demo sweep verbs
-    errors storage tensorfile console hub section clusterconfig sweepconfig config keys aliases yamlfile problems
-    compose naming confighelp plan command
+    errors storage tensorfile console hub section clusterconfig sweepconfig adapterconfig config keys aliases yamlfile
+    problems compose naming confighelp plan command
     deploy deploy.instances deploy.layout deploy.kubernetes deploy.render deploy.spot_aws deploy.spot_gcp
     lease demo.data data.values data.conversation data.demonstrations data.preferences data.formats
     data.sources data.readers_lines data.readers_json data.readers data.order data.labels data.packing
@@ -29,7 +29,8 @@ ROOMS = """
     data.job data.chunks data.fit data.scatter data.duplicates data.gate data.buckets data.batch data.stream
     data.prepare data.show data.sample data.spelled data.page
     world rundir watch downtime stacks
-    model.tiny model.attention model.packed model.weights model.load model.adapters model.build model.flops
+    model.tiny model.attention model.packed model.weights model.load model.anatomy model.targets model.adapters
+    model.initial model.adapterreport model.build model.flops
     schedule guard bysource
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
@@ -48,7 +49,8 @@ ROOMS = """
 """.split()
 
 LIGHT = """
-    errors storage console hub section clusterconfig sweepconfig config keys aliases yamlfile problems compose naming
+    errors storage console hub section clusterconfig sweepconfig adapterconfig config keys aliases yamlfile
+    problems compose naming
     confighelp plan command deploy deploy.instances deploy.layout deploy.kubernetes deploy.render demo.data
     data.values data.conversation data.demonstrations data.preferences data.formats
     data.sources data.readers_lines data.readers_json data.readers data.order data.labels

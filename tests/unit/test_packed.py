@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from raytune_ds.config import ModelConfig
 from raytune_ds.data.batch import Batch, collate
-from raytune_ds.model import attention, load, packed
+from raytune_ds.model import attention, load, packed, tiny
 from raytune_ds.model.load import parts
 from raytune_ds.model.packed import PackedLM
 from raytune_ds.objectives.sft import sft
 
-ARCHITECTURES = ["deepseek-v2", "deepseek-v3", "qwen2", "llama"]
+ARCHITECTURES = list(tiny.ARCHITECTURES)
 LENGTHS = [7, 1, 12, 30, 3]
 
 
@@ -31,10 +31,14 @@ def models(tiny_models: dict[str, Path]) -> dict[str, Any]:
     """Each architecture with packed attention."""
     return {
         name: AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=load.packed_attention(ModelConfig(name=str(path)))
+            path, dtype=torch.float32, attn_implementation=implementation(ModelConfig(name=str(path)))
         ).eval()
         for name, path in tiny_models.items()
     }
+
+
+def implementation(config: ModelConfig) -> str | None:
+    return load.packed_attention(config) if load.runs_on_packs(config) else load.own_attention(config)
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -43,7 +47,8 @@ def model(request: pytest.FixtureRequest, models: dict[str, Any]) -> Any:
 
 
 def wrap(model: Any) -> PackedLM:
-    return PackedLM(model, *parts(model), torch.float32)
+    end_to_end = model.config._attn_implementation == attention.PACKED
+    return PackedLM(model, *parts(model), torch.float32, end_to_end=end_to_end)
 
 
 def documents(seed: int = 0) -> list[list[int]]:

@@ -1,0 +1,235 @@
+"""What an adapter trains of a model and what it does not: found by making it, without weights, and counting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from raytune_ds import storage
+from raytune_ds.adapterconfig import AdapterConfig
+from raytune_ds.console import human_bytes, human_count
+from raytune_ds.model import adapters
+from raytune_ds.model.anatomy import Matrix, anatomy
+from raytune_ds.model.initial import read_config
+from raytune_ds.model.targets import choose
+
+# Of a trained parameter: itself, its gradient and AdamW's two moments, in float32.
+TRAINED_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices of one kind, over all layers.
+
+    Attributes:
+        part: of the model.
+        name: the last part of the module's or parameter's name.
+        count: how many of them the model has.
+        layers: how many layers they are in.
+        shape: of one of them, as text.
+        num_parameters: of the base model, all of them together.
+        ranks: of the adapter; empty where there is none, or it has no rank.
+        trained: parameters of the adapter.
+        note: why there is no adapter, or what is to be known of it.
+    """
+
+    part: str
+    name: str
+    count: int
+    layers: int
+    shape: str
+    num_parameters: int
+    ranks: tuple[int, ...]
+    trained: int
+    note: str
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What is trained and what is not.
+
+    Attributes:
+        trainable: parameters.
+        total: of the model, adapter included.
+        adapted: groups with an adapter.
+        left_alone: the others.
+        whole: modules that are trained whole beside the adapter.
+        widest_bare: elements of the largest matrix that is adapted as a bare parameter.
+    """
+
+    trainable: int
+    total: int
+    adapted: tuple[Group, ...] = ()
+    left_alone: tuple[Group, ...] = ()
+    whole: tuple[str, ...] = ()
+    widest_bare: int = 0
+
+    def lines(self) -> list[str]:
+        """As a person reads it."""
+        share = 100 * self.trainable / self.total
+        head = (
+            f"{human_count(self.trainable)} of {human_count(self.total)} parameters are trained ({share:.2f}%); with "
+            f"gradients and optimizer they take {human_bytes(TRAINED_BYTES * self.trainable)}"
+        )
+        return [head, *_table(self.adapted), *_beside(self), *_alone(self.left_alone)]
+
+
+def _table(groups: Sequence[Group]) -> list[str]:
+    rows = [
+        (
+            group.part,
+            f"{group.name} x{group.count}",
+            group.shape,
+            _rank(group),
+            human_count(group.trained),
+            group.note,
+        )
+        for group in groups
+    ]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(5)]
+    return [
+        "  "
+        + "  ".join(
+            [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _rank(group: Group) -> str:
+    return (
+        f"r {' to '.join(str(r) for r in dict.fromkeys((min(group.ranks), max(group.ranks))))}"
+        if group.ranks
+        else ""
+    )
+
+
+def _beside(report: AdapterReport) -> list[str]:
+    lines = []
+    if report.whole:
+        lines.append(f"  trained whole: {', '.join(report.whole)}")
+    if report.widest_bare:
+        lines.append(
+            "  bare parameters: peft adds the adapter to the matrix itself, and the backward pass makes the gradient "
+            f"of all of it, up to {human_count(report.widest_bare)} elements at a time"
+        )
+    return lines
+
+
+def _alone(groups: Sequence[Group]) -> list[str]:
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for group in groups:
+        reasons.setdefault(group.note, {}).setdefault(group.part, []).append(f"{group.name} x{group.count}")
+    lines = []
+    for why, parts in reasons.items():
+        told = "; ".join(f"{part} {', '.join(names)}" for part, names in parts.items())
+        lines.append(f"  not adapted: {told} ({why})")
+    return lines
+
+
+def report(model: PreTrainedModel, config: AdapterConfig) -> AdapterReport:
+    """What the config will train of `model`, which is without weights and not to be used afterwards.
+
+    Raises:
+        UserError: a target matches nothing, or peft refuses the adapter.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    if config.kind == "none":
+        return AdapterReport(total, total)
+    matrices = anatomy(model)
+    if config.path is None:
+        chosen = choose(model, config)
+        made = adapters.peft_config(model, config, chosen)
+        reasons = {matrix.name: why for matrix, why in chosen.left}
+    else:
+        made, reasons = read_config(storage.absolute(config.path)), {}
+    ready = adapters.wrap(model, made, in_memory=False)
+    layers = {matrix.name: _wrapper(ready, matrix) for matrix in matrices}
+    adapted = [matrix for matrix in matrices if layers[matrix.name] is not None]
+    whole = tuple(getattr(made, "modules_to_save", None) or ())
+    left = [m for m in matrices if layers[m.name] is None and m.short not in whole]
+    bare = [m for m in adapted if hasattr(layers[m.name], "parameter_name")]
+    return AdapterReport(
+        trainable=sum(p.numel() for p in ready.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in ready.parameters()),
+        adapted=tuple(_with_adapter(alike, layers) for alike in _grouped(adapted)),
+        left_alone=tuple(_left(left, reasons)),
+        whole=whole,
+        widest_bare=max((matrix.shape.numel() for matrix in bare), default=0),
+    )
+
+
+def _with_adapter(matrices: Sequence[Matrix], layers: Mapping[str, Any]) -> Group:
+    wrappers = [layers[matrix.name] for matrix in matrices]
+    ranks = tuple(r for layer in wrappers if isinstance(r := _rank_of(layer), int))
+    trained = sum(_num_trained(layer) for layer in wrappers)
+    is_bare = hasattr(wrappers[0], "parameter_name")
+    return _group(matrices, ranks=ranks, trained=trained, note=_note(matrices[0], is_bare))
+
+
+def _note(matrix: Matrix, is_bare: bool) -> str:
+    if matrix.num_experts > 1:
+        return f"{matrix.num_experts} of {matrix.num_experts} experts, as a bare parameter"
+    return "as a bare parameter" if is_bare else ""
+
+
+def _wrapper(ready: nn.Module, matrix: Matrix) -> Any:
+    """The peft layer around a matrix, None where there is none; around fused experts one wraps another."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer: Any = ready.get_submodule(f"base_model.model.{matrix.owner}")
+    wanted = matrix.name.rpartition(".")[2]
+    while isinstance(layer, BaseTunerLayer):
+        if getattr(layer, "parameter_name", wanted) == wanted:
+            return layer
+        layer = layer.base_layer  # type: ignore[attr-defined]  # all of them have one
+    return None
+
+
+def _rank_of(layer: Any) -> Any:
+    rank = getattr(layer, "r", None)
+    return rank.get(adapters.NAME) if isinstance(rank, dict) else rank
+
+
+def _num_trained(layer: nn.Module) -> int:
+    """Of the adapter of one layer, without what it is wrapped around."""
+    return sum(
+        p.numel()
+        for name, p in layer.named_parameters()
+        if p.requires_grad and not name.startswith("base_layer.")
+    )
+
+
+def _left(left: Sequence[Matrix], reasons: Mapping[str, str]) -> Iterable[Group]:
+    by_reason: dict[str, list[Matrix]] = {}
+    for matrix in left:
+        by_reason.setdefault(reasons.get(matrix.name, "not in that adapter"), []).append(matrix)
+    for why, matrices in by_reason.items():
+        for alike in _grouped(matrices):
+            yield _group(alike, ranks=(), trained=0, note=why)
+
+
+def _grouped(matrices: Iterable[Matrix]) -> Iterable[list[Matrix]]:
+    groups: dict[tuple[str, str], list[Matrix]] = {}
+    for matrix in matrices:
+        groups.setdefault((matrix.part, matrix.short), []).append(matrix)
+    return groups.values()
+
+
+def _group(matrices: Sequence[Matrix], ranks: tuple[int, ...], trained: int, note: str) -> Group:
+    first = matrices[0]
+    return Group(
+        part=first.part,
+        name=first.short,
+        count=len(matrices),
+        layers=len({matrix.layer for matrix in matrices}),
+        shape="x".join(map(str, first.shape)),
+        num_parameters=sum(matrix.shape.numel() for matrix in matrices),
+        ranks=ranks,
+        trained=trained,
+        note=note,
+    )
