@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.config import Config
 
 
@@ -87,16 +88,26 @@ def _facts(
         ("training loss", _course(progress["first_loss"], progress["last_loss"])),
     ]
     if adapter.kind != "none":
-        facts.insert(
-            5,
-            (
-                "adapter",
-                f"{adapter.kind}, r {adapter.r}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g}",
-            ),
-        )
+        facts.insert(5, ("adapter", _adapter(adapter)))
     if progress["last_eval_loss"] is not None:
         facts.append(("held-out loss", _course(progress["first_eval_loss"], progress["last_eval_loss"])))
     return facts
+
+
+def _adapter(adapter: AdapterConfig) -> str:
+    """Kind, rank and alpha, and what else is not as usual."""
+    values = adapter.model_dump(mode="json", exclude={"kind"}, exclude_none=True)
+    told = {
+        key: value
+        for key, value in values.items()
+        if key in ("r", "alpha", "dropout", "targets")
+        or value != type(adapter)().model_dump(mode="json")[key]
+    }
+    return ", ".join([adapter.kind, *(f"{key} {_plain(value)}" for key, value in told.items())])
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _warmup(config: Config) -> str:

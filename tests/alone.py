@@ -30,13 +30,22 @@ def prepared(root: Path) -> Store:
     return store_of(folder, 20)
 
 
-def assignment(store: Store, model: Path, root: str, name: str, **train: Any) -> Assignment:
+def assignment(
+    store: Store,
+    model: Path,
+    root: str,
+    name: str,
+    adapter: dict[str, Any] | None = None,
+    keep: int = 2,
+    **train: Any,
+) -> Assignment:
     """Of a run of STEPS steps below `root`, with a checkpoint every four; `train` are more of its settings."""
     config = Config(
         run={"name": name, "storage": root},
         model={"name": str(model), "dtype": "float32"},
         train={"global_batch": 4, "max_steps": STEPS, "learning_rate": 1e-2, **train},
-        checkpoint={"every_steps": 4},
+        adapter=adapter or {},
+        checkpoint={"every_steps": 4, "keep": keep},
         tracking={"to": []},
         engine={"kind": "ddp"},
     )

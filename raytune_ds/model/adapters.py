@@ -210,7 +210,7 @@ def wrap(model: PreTrainedModel, made: Any, in_memory: bool = True) -> nn.Module
     from peft import get_peft_model
 
     begins = getattr(made, "init_lora_weights", None)
-    if begins is not None and begins != "gaussian":
+    if begins not in (None, "gaussian", "orthogonal"):
         made.init_lora_weights = True
     try:
         with _standing_in(model) if in_memory else contextlib.nullcontext():

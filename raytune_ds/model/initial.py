@@ -30,11 +30,12 @@ from raytune_ds.data.batch import Batch
 from raytune_ds.errors import UserError
 from raytune_ds.model import adapters
 from raytune_ds.model.load import load_for_generation, skeleton
-from raytune_ds.model.targets import choose
+from raytune_ds.model.targets import choose, shortest_names
 from raytune_ds.model.weights import Weights, locate, open_weights
 
 T = TypeVar("T")
 
+_PEFT = "base_model.model."  # before names of the base model
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # The most that EVA sees of the data; it ends by itself when its components no longer turn.
 _EVA_BATCHES, _EVA_DOCUMENTS = 32, 8
@@ -85,7 +86,9 @@ class Initial:
     def write(self, folder: str) -> None:
         """As a peft directory; the config, by which it is known to be whole, last."""
         storage.make_dir(folder)
-        storage.write_bytes(f"{folder}/{TENSORS}", safetensors.torch.save(self.tensors, {"format": "pt"}))
+        storage.write_bytes(
+            f"{folder}/{TENSORS}", safetensors.torch.save(_apart(self.tensors), {"format": "pt"})
+        )
         with tempfile.TemporaryDirectory() as local:
             self.config.save_pretrained(local)
             storage.write_bytes(f"{folder}/{CONFIG}", Path(local, CONFIG).read_bytes())
@@ -113,6 +116,17 @@ class Initial:
                 f"adapter: its weights do not fit this model: {', '.join(wrong[:3])}; it is of another base model."
             )
         set_peft_model_state_dict(ready, dict(self.tensors))
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors that share no memory, as files want them; methods with projections for all layers share these."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor.contiguous()
+        seen.add(place)
+    return apart
 
 
 def read_config(folder: str) -> Any:
@@ -258,6 +272,11 @@ def _of_data(
     ready = get_peft_model(base, made)
     inputs = list(_padded(_documents(batches), device))
     initialize_lora_eva_weights(ready, inputs, gather_distributed_inputs=False, show_progress_bar=False)
+    # Layers that were left without a rank are no targets any more; what peft 0.21 writes down may still mean them.
+    kept = {name.removeprefix(_PEFT) for name, _ in _layers(ready)}
+    made.target_modules = shortest_names(
+        kept, {n.removeprefix(_PEFT) for n, _ in ready.named_modules()} - kept
+    )
     return _drawn(Initial.of(ready))
 
 

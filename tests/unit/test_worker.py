@@ -77,4 +77,4 @@ def test_a_model_that_is_not_the_same_on_this_node(
         model=SimpleNamespace(name=str(folder)),
     )
     with pytest.raises(UserError, match="Use a path that all nodes share"):
-        worker._build(assignment, None, None, None)  # type: ignore[arg-type]
+        worker._build(assignment, None, None, None, None)  # type: ignore[arg-type]

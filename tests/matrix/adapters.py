@@ -1,0 +1,231 @@
+"""Every kind of adapter, and every architecture, from the first step to what people load.
+
+`python -m tests.matrix.adapters [PATTERN ...]` prints the table, or the rows whose names match. A trial trains some
+steps, once more from its middle, and once more one step shorter. The last one's final/, in the
+hands of plain peft and plain transformers, has to have the loss that the longer run had at its last step, and again
+after it was merged and read back.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from raytune_ds.data.batch import read
+from raytune_ds.data.store import Store
+from raytune_ds.errors import UserError
+from raytune_ds.model import tiny
+from tests.alone import assignment, prepared, work
+
+STEPS, MIDDLE = 20, 8
+BASE = {"r": 4, "alpha": 8.0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": BASE,
+    "rslora": BASE | {"use_rslora": True},
+    "dora": BASE | {"use_dora": True},
+    "lora+": BASE | {"loraplus_lr_ratio": 4.0},
+    "gaussian": BASE | {"init_lora_weights": "gaussian"},
+    "orthogonal": BASE | {"init_lora_weights": "orthogonal"},
+    "pissa": BASE | {"init_lora_weights": "pissa"},
+    "pissa_niter_4": BASE | {"init_lora_weights": "pissa_niter_4"},
+    "pissa+rslora": BASE | {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"o_proj": 8}},
+    "olora": BASE | {"init_lora_weights": "olora"},
+    "eva": BASE | {"init_lora_weights": "eva"},
+    "patterns": BASE | {"rank_pattern": {"o_proj": 16}, "alpha_pattern": {"o_proj": 4}},
+    "layers": BASE | {"layers": [0, [2, 3]]},
+    "modules_to_save": BASE | {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "bias": BASE | {"bias": "all"},
+    "adalora": {
+        "kind": "adalora",
+        "options": {"init_r": 6, "target_r": 3, "tinit": 2, "tfinal": 4, "deltaT": 2},
+    },
+    **{
+        kind: {"kind": kind, "options": options}
+        for kind, options in {
+            "beft": {},
+            "boft": {"boft_block_size": 8},
+            "c3a": {"block_size": 64},
+            "fourierft": {},
+            "glora": {},
+            "gralora": {},
+            "hira": {},
+            "hra": {},
+            "ia3": {},
+            "lily": {},
+            "loha": {},
+            "lokr": {},
+            "miss": {},
+            "oft": {},
+            "peanut": {},
+            "pvera": {},
+            "randlora": {},
+            "road": {},
+            "shadow": {},
+            "shira": {},
+            "unilora": {},
+            "vblora": {"vector_length": 64},
+            "vera": {},
+            "waveft": {},
+        }.items()
+    },
+}
+GROUPS = ("attention", "mlp", "shared-experts", "experts", "all")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of a variant.
+
+    Attributes:
+        losses: of each step.
+        resumed: of the steps from the middle on, from a checkpoint.
+        loaded: of the last step's batch, final/ in the hands of peft.
+        merged: the same of the merged model, read back by transformers; None if it can't be merged.
+        trainable: parameters.
+        step_s: seconds a step, the median.
+    """
+
+    losses: tuple[float, ...]
+    resumed: tuple[float, ...]
+    loaded: float
+    merged: float | None
+    trainable: int
+    step_s: float
+
+    def problems(self) -> list[str]:
+        """What does not hold."""
+        found = []
+        if not self.losses[-1] < self.losses[0]:
+            found.append(f"the loss does not fall: {self.losses[0]:.4f} to {self.losses[-1]:.4f}")
+        if self.resumed != self.losses[MIDDLE:]:
+            found.append("other losses after a resume")
+        for what, loss in (("loaded", self.loaded), ("merged", self.merged)):
+            if loss is not None and abs(loss - self.losses[-1]) > 2e-5 * abs(loss):
+                found.append(f"{what} it has loss {loss:.6f} instead of {self.losses[-1]:.6f}")
+        return found
+
+
+def trial(store: Store, model: Path, root: Path, adapter: dict[str, Any]) -> Trial:
+    """Trains, resumes and loads one variant; runs lie below `root`."""
+    whole = _run(store, model, root, "whole", adapter, STEPS)
+    rows = _rows(whole)
+    for step in range(MIDDLE + 1, STEPS + 1):
+        shutil.rmtree(whole.run.checkpoints + f"/step-{step:08d}", ignore_errors=True)
+    again = _rows(_run(store, model, root, "whole", adapter, STEPS))
+    shorter = _run(store, model, root, "shorter", adapter, STEPS - 1)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    loaded: Any = PeftModel.from_pretrained(base, shorter.run.final).eval()
+    loss = _loss(loaded, whole)
+    return Trial(
+        losses=tuple(row["loss"] for row in rows),
+        resumed=tuple(row["loss"] for row in again[MIDDLE:]),
+        loaded=loss,
+        merged=_merged(loaded, root / "merged", whole),
+        trainable=sum(p.numel() for name, p in _ready(shorter).named_parameters() if p.requires_grad),
+        step_s=sorted(row["step_time_s"] for row in rows)[len(rows) // 2],
+    )
+
+
+def _run(store: Store, model: Path, root: Path, name: str, adapter: dict[str, Any], steps: int) -> Any:
+    given = assignment(
+        store, model, str(root), name, adapter, keep=99, max_steps=steps, lr_scheduler_type="constant"
+    )
+    outcome = work(given, lambda kind, content: None)
+    if outcome.error is not None:
+        raise UserError(outcome.error)
+    return given
+
+
+def _ready(given: Any) -> Any:
+    """The module that was trained, without the base's weights."""
+    from raytune_ds.export import _adapted
+    from raytune_ds.model.load import skeleton
+
+    return _adapted(given.run, skeleton(given.model), given.config.adapter, given.config.run.seed)
+
+
+def _rows(given: Any) -> list[dict[str, Any]]:
+    return [row for row in given.run.read_metrics() if "loss" in row]
+
+
+@torch.no_grad()
+def _loss(model: Any, given: Any) -> float:
+    """Of the batch of the last step, document by document."""
+    from raytune_ds.worker import _share
+    from raytune_ds.world import World
+
+    total = weight = 0.0
+    for batch in next(read(given.store, "train", _share(given, World.alone()), range(STEPS - 1, STEPS))):
+        lengths = batch.segments.diff().tolist()
+        parts = zip(
+            *(x[0].split(lengths) for x in (batch.ids_BT, batch.targets_BT, batch.weights_BT)), strict=True
+        )
+        for ids_T, targets_T, weights_T in parts:
+            logits_TV = model(input_ids=ids_T[None]).logits[0]
+            total += float((F.cross_entropy(logits_TV, targets_T, reduction="none") * weights_T).sum())
+            weight += float(weights_T.sum())
+    return total / weight
+
+
+def _merged(loaded: Any, folder: Path, given: Any) -> float | None:
+    try:
+        loaded.merge_and_unload().save_pretrained(folder)
+    except (AttributeError, NotImplementedError, ValueError):
+        return None
+    return _loss(AutoModelForCausalLM.from_pretrained(folder).eval(), given)
+
+
+def main(only: Sequence[str]) -> int:
+    """Prints both tables; the exit code says whether all holds."""
+    started = time.monotonic()
+    torch.set_num_threads(1)
+    from tests.conftest import TEXTS
+
+    out = Console(width=140)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        models = {name: tiny.build(name, lambda: TEXTS, 0, root / name) for name in tiny.ARCHITECTURES}
+        by_kind = [(name, "qwen2", adapter) for name, adapter in VARIANTS.items()]
+        by_part = [
+            (f"{architecture} {group}", architecture, BASE | {"targets": group})
+            for architecture in tiny.ARCHITECTURES
+            for group in ("auto", *GROUPS)
+        ]
+        table = Table("", "trained", "s a step", "first loss", "last", "loaded", "merged", "")
+        failed = 0
+        for number, (name, architecture, adapter) in enumerate([*by_kind, *by_part]):
+            if only and not any(fnmatch(name, pattern) for pattern in only):
+                continue
+            place = root / str(number)
+            try:
+                found = trial(prepared(place), models[architecture], place, adapter)
+            except UserError as error:
+                table.add_row(name, *[""] * 6, str(error).splitlines()[0])
+                continue
+            problems = "; ".join(found.problems())
+            failed += bool(problems)
+            losses = (found.losses[0], found.losses[-1], found.loaded, found.merged)
+            shown = ["no merge" if loss is None else f"{loss:.4f}" for loss in losses]
+            table.add_row(name, f"{found.trainable:,}", f"{found.step_s:.3f}", *shown, problems)
+            shutil.rmtree(place)
+    out.print(table)
+    out.print(f"{failed} failed; {time.monotonic() - started:.0f} s")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
