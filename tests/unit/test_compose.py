@@ -164,7 +164,7 @@ def test_files_are_yaml_1_2(write) -> None:
         ("tracking.to=x", "tracking.to = x (command line): must be tensorboard, mlflow or wandb"),
         ("model.name=''", 'model.name = "" (command line): must be some text, not empty'),
         ("model.name=null", "model.name = null (command line): must be text"),
-        ("adapter.r.x=1", "adapter.r = a mapping (command line): must be a whole number"),
+        ("adapter.r.x=1", "adapter.r = a mapping (command line): must be a whole number or null"),
         (
             "engine=ddp",
             "engine = ddp (command line): must be a section with keys (kind, stage, offload, config); "
@@ -241,7 +241,7 @@ def test_messages_name_file_and_line(write) -> None:
         "adapter.alpha (a.yaml, line 13): unknown key; dots are for the command line, in a file "
         "write sections: adapter: {alpha: ...}",
         "run.name = 123 (a.yaml, line 4): must be text or null; put the value in quotes",
-        "adapter.r = 0 (a.yaml, line 3): must be at least 1",
+        "adapter.r = 0 (a.yaml, line 3): must be at least 1 or null",
         "data.sources.0.format = csv (a.yaml, line 11): must be auto, messages, sharegpt, alpaca, "
         "prompt-completion, text, preference or kto",
         "engine = zero (a.yaml, line 12): must be a section with keys (kind, stage, offload, config); "
@@ -251,7 +251,9 @@ def test_messages_name_file_and_line(write) -> None:
 
 def test_the_last_place_is_named(write) -> None:
     path = write("adapter: {r: 0}\n")
-    assert problems("adapter.r=-1", files=[path]) == ["adapter.r = -1 (command line): must be at least 1"]
+    assert problems("adapter.r=-1", files=[path]) == [
+        "adapter.r = -1 (command line): must be at least 1 or null"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -412,7 +414,7 @@ def test_dump_is_in_the_trees_order_and_a_config_file(write) -> None:
         ("{", "the resolved config is not valid JSON"),
         ("[" * 100_000, "the resolved config is not valid JSON"),
         ("[]", "the resolved config must be a JSON object of sections"),
-        ('{"adapter": {"r": 0}}', "adapter.r = 0 (resolved config): must be at least 1"),
+        ('{"adapter": {"r": 0}}', "adapter.r = 0 (resolved config): must be at least 1 or null"),
         ('{"x": 1}', "x (resolved config): unknown key"),
     ],
 )
@@ -452,7 +454,7 @@ def test_help_tells_type_choices_and_default(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("COLUMNS", "120")
     text = help_text()
     for line in [
-        "  adapter.r: whole number >= 1; default 8",
+        "  adapter.r: whole number >= 1 | null; default 8",
         "  adapter.dropout: number >= 0 < 1; default 0.0",
         '  run.resume: auto | never | must; default "auto"',
         '  train.micro_batch: whole number >= 1 | auto; default "auto"',

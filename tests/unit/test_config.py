@@ -38,7 +38,19 @@ DEFAULTS = {
         "attention": "auto",
         "trust_remote_code": False,
     },
-    "adapter": {"kind": "lora", "r": 8, "alpha": 16, "dropout": 0.0, "bias": "none", "targets": "auto"},
+    "adapter": {
+        **{
+            "kind": "lora",
+            "r": 8,
+            "alpha": 16,
+            "dropout": 0.0,
+            "bias": "none",
+            "targets": "auto",
+            "layers": None,
+        },
+        **{"use_rslora": False, "use_dora": False, "init_lora_weights": "default", "loraplus_lr_ratio": None},
+        **{"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [], "path": None, "options": {}},
+    },
     "objective": {"kind": "sft"},
     "data": {
         "sources": None,
@@ -140,7 +152,16 @@ def test_unknown_keys_are_refused(section: str) -> None:
         ("model.dtype", ["float16"], ["auto", "float32", "bfloat16"]),
         ("model.quantization", ["nf4"], ["none"]),
         ("model.attention", ["flash"], ["auto", "varlen", "sdpa"]),
-        ("adapter.kind", ["dora"], ["lora", "none"]),
+        ("adapter.kind", ["", "LoRA", "lo ra"], ["lora", "none", "vera", "ia3"]),
+        ("adapter.layers", [[-1], [[3, 1]], 4, "all"], [None, (0,), (0, (2, 5))]),
+        (
+            "adapter.init_lora_weights",
+            ["pisa", "pissa_niter_0"],
+            ["pissa_niter_16", "olora", "eva", "default"],
+        ),
+        ("adapter.loraplus_lr_ratio", [0, -1], [None, 16]),
+        ("adapter.rank_pattern", [{"a": 1, "b": {"c": 2}, "b.c": 3}, 8], [()]),
+        ("adapter.options", [{"target_modules": ["a"]}, {"use_dora": True}], [()]),
         ("adapter.r", [0, -1, 1.5, True], [1, 256]),
         ("adapter.alpha", [0, -1, float("inf")], [0.5]),
         ("adapter.dropout", [-0.1, 1], [0, 0.99]),
@@ -265,6 +286,8 @@ def test_plain_uris_hold_no_credentials(uri: str) -> None:
 UNITS = {
     "adapter.r": "dimensions",
     "adapter.alpha": "factor",
+    "adapter.layers": "ends count",
+    "adapter.loraplus_lr_ratio": "times",
     "adapter.dropout": "Probability",
     "data.eval.fraction": "Fraction of the examples",
     "data.seq_len": "tokens",
@@ -353,7 +376,7 @@ def test_no_key_is_named_like_a_secret() -> None:
 
 def test_every_choice_is_explained_or_plain() -> None:
     """Choices whose name does not explain itself are spelled out where the user reads them."""
-    for key in ["run.resume", "adapter.kind", "data.on_bad_row", "data.on_long_row", "model.attention"]:
+    for key in ["run.resume", "data.on_bad_row", "data.on_long_row", "model.attention"]:
         info = FIELDS[tuple(key.split("."))]
         for choice in types_in(info.annotation):
             assert re.search(rf"\b{choice}\b", info.description or ""), (key, choice)
@@ -382,3 +405,24 @@ def test_engine_settings_that_do_not_fit_are_refused(overrides: list[str], messa
     with pytest.raises(UserError) as caught:
         compose([], overrides)
     assert message in str(caught.value)
+
+
+def test_options_of_peft_are_written_as_they_are_read() -> None:
+    given = {
+        "rank_pattern": {"layers.1.o_proj": 16},
+        "options": {"eva_config": {"rho": 1.5}, "fan_in_fan_out": False},
+    }
+    config = c.Config.model_validate({"adapter": given})
+    assert hash(config) == hash(c.Config.model_validate(config.model_dump(mode="json")))
+    written = config.model_dump(mode="json")["adapter"]
+    assert written["rank_pattern"] == {"layers.1.o_proj": 16}
+    assert written["options"] == {"eva_config.rho": 1.5, "fan_in_fan_out": False}
+
+
+def test_other_methods_begin_with_the_ranks_of_peft() -> None:
+    adapter = c.Config.model_validate({"adapter": {"kind": "vera"}}).adapter
+    assert (adapter.r, adapter.alpha) == (None, None)
+    assert c.Config.model_validate({"adapter": adapter.model_dump(mode="json")}).adapter == adapter
+    for given in ({"kind": "lora", "r": None}, {"kind": "vera", "use_dora": True}):
+        with pytest.raises(ValidationError):
+            c.Config.model_validate({"adapter": given})

@@ -26,6 +26,7 @@ from raytune_ds.config import Config, ModelConfig
 from raytune_ds.engines import Piece
 from raytune_ds.export import ExportError, Final, describe, save_final
 from raytune_ds.model.build import build
+from raytune_ds.model.initial import Initial
 from raytune_ds.modelcard import model_card
 from raytune_ds.rundir import RunDir
 from raytune_ds.world import World
@@ -365,11 +366,12 @@ def adapted_by_hand(model: Any, values: Tensors, scale: float) -> torch.Tensor:
     return logits(model)
 
 
-def test_targets_stand_in_the_adapters_config_as_they_were_given(make: MakeRun) -> None:
+def test_a_pattern_stands_in_the_adapters_config_as_the_names_it_means(make: MakeRun) -> None:
     pattern = r".*layers\.[01]\.self_attn\.(q|o)_proj"
     run = make("llama", AdapterConfig(r=2, alpha=2.0, targets=pattern))
     run.save()
-    assert json.loads((run.final / "adapter_config.json").read_text())["target_modules"] == pattern
+    named = json.loads((run.final / "adapter_config.json").read_text())["target_modules"]
+    assert sorted(named) == [f"layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "oq"]
     base = AutoModelForCausalLM.from_pretrained(run.base, dtype=FLOAT)
     found = PeftModel.from_pretrained(base, str(run.final))
     assert {n for n, _ in found.named_parameters() if "lora_" in n} == run.values.keys()
@@ -504,13 +506,13 @@ def test_an_adapter_that_was_not_written_well_is_refused(
     make: MakeRun, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], message: str
 ) -> None:
     run = make("llama", LORA)
-    save_pretrained = PeftModel.save_pretrained
+    write = Initial.write
 
-    def save(self: Any, folder: str, *args: Any, **kwargs: Any) -> None:
-        save_pretrained(self, folder, *args, **kwargs)
+    def badly(self: Initial, folder: str) -> None:
+        write(self, folder)
         damage(Path(folder))
 
-    monkeypatch.setattr(PeftModel, "save_pretrained", save)
+    monkeypatch.setattr(Initial, "write", badly)
     with pytest.raises(ExportError, match=message):
         run.save()
     assert not run.final.exists()

@@ -91,7 +91,7 @@ def test_the_facts() -> None:
         "data fingerprint": "f1ng3r",
         "examples": "4,321",
         "trained parameters": "1,000,000",
-        "adapter": "lora, r 16, alpha 32, dropout 0.05",
+        "adapter": "lora, r 16, alpha 32, dropout 0.05, targets auto",
         "optimizer steps": "1,234",
         "tokens": "5,678,901",
         "global batch": "32 packs of 1024 tokens",
