@@ -20,6 +20,8 @@ _OWN_KEYS = {
     "peft_type": "adapter.kind",
     "base_model_name_or_path": "model.name",
 }
+PLANNING, TOTAL_STEPS = ("adalora",), "total_step"
+"""Methods that want to know the length of the run, and the option in which peft has them told."""
 _OF_LORA = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "loraplus_lr_ratio")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from raytune_ds.adapterconfig import PLANNING, TOTAL_STEPS, AdapterConfig
 from raytune_ds.checkpoint import Manifest
 from raytune_ds.config import Config, ModelConfig
 from raytune_ds.data.store import Store
@@ -13,6 +14,7 @@ from raytune_ds.data.tokenizer import TokenizerSpec
 from raytune_ds.errors import UserError
 from raytune_ds.loop import Plan
 from raytune_ds.rundir import RunDir
+from raytune_ds.section import Setting, as_mapping
 from raytune_ds.tracking import Group
 
 _WEIGHTS_CHANGED = (
@@ -80,6 +82,15 @@ class Assignment:
         """How long the run is."""
         config = self.config
         return Plan.of(config, self.store.order("train", config.train.global_batch, config.run.seed))
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """What is trained, with the length of the run for methods that plan by it."""
+        adapter = self.config.adapter
+        length = Setting(key=TOTAL_STEPS, value=self.plan.total_steps)
+        if adapter.kind not in PLANNING or TOTAL_STEPS in as_mapping(adapter.options):
+            return adapter
+        return adapter.model_copy(update={"options": (*adapter.options, length)})
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from transformers import PreTrainedModel
 
 from raytune_ds import hub, storage
 from raytune_ds.assignment import Base
@@ -72,9 +73,10 @@ def check(config: Config, to_train: bool = True) -> Checked:
         say(f"data: {line}")
     model = _located(config, inputs, root)
     base_model = skeleton(model)
+    config = _with_trained_tokens(config, base_model)
     report = adapterreport.report(base_model, config.adapter)
     base = Base(*_identity(model), report.total, report.trainable)
-    tokenizer = TokenizerSpec.of(model.name, config.data.chat_template, model.trust_remote_code)
+    tokenizer = TokenizerSpec.of(model, config.data.chat_template)
     load_tokenizer(tokenizer)
     return Checked(config, root, inputs, model, tokenizer, report, base, ds_config)
 
@@ -98,9 +100,7 @@ def vary(base: Checked, config: Config) -> Checked:
         root=base.root,
         inputs=inputs,
         model=model,
-        tokenizer=base.tokenizer
-        if same_model
-        else TokenizerSpec.of(model.name, config.data.chat_template, model.trust_remote_code),
+        tokenizer=base.tokenizer if same_model else TokenizerSpec.of(model, config.data.chat_template),
         report=report,
         base=replace(weights, total=report.total, trainable=report.trainable),
         ds_config=_vary_engine(base, config),
@@ -208,6 +208,27 @@ def _check_name(config: Config, root: str) -> None:
         raise UserError(
             f"run.name = {name}: {root}/{name} is there but is no run directory; choose another name."
         )
+
+
+def _with_trained_tokens(config: Config, base_model: PreTrainedModel) -> Config:
+    """The config with the embedding and the head trained whole beside an adapter, where tokens are added.
+
+    Raises:
+        UserError: the two are one.
+    """
+    added = config.model.add_tokens + config.model.add_special_tokens
+    if not added or config.adapter.kind == "none":
+        return config
+    if base_model.config.tie_word_embeddings:
+        raise UserError(
+            "model.add_tokens: this model's embedding and output head are one, which an adapter would train apart; set "
+            "adapter.kind=none, or take a model in which they are two."
+        )
+    trained = (base_model.get_input_embeddings(), base_model.get_output_embeddings())
+    names = [name.rpartition(".")[2] for name, module in base_model.named_modules() if module in trained]
+    return replaced(
+        config, adapter={"modules_to_save": [*dict.fromkeys((*config.adapter.modules_to_save, *names))]}
+    )
 
 
 def _located(config: Config, inputs: Inputs, root: str) -> ModelConfig:

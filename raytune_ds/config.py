@@ -87,6 +87,16 @@ class ModelConfig(Section):
         " sdpa: one causal call a segment, on any device; auto: varlen where it runs, "
         "otherwise sdpa.",
     )
+    add_tokens: tuple[Text, ...] = Field(
+        default=(),
+        description="Words of the domain that become one token each, wherever they stand in the data. The embedding "
+        "grows where it has no room for them, and is trained and saved whole.",
+    )
+    add_special_tokens: tuple[Text, ...] = Field(
+        default=(),
+        description="The same for control tokens, such as those of a data.chat_template; in contents of messages they "
+        "stay text.",
+    )
     trust_remote_code: bool = Field(
         default=False,
         description="Run Python code that comes with the model's files. false: such code can do "

@@ -265,8 +265,9 @@ def _save_configs(target: Path, base: PreTrainedModel, folder: Path, dtype: torc
     """config.json, generation_config.json, and the code of a model that comes with its own."""
     config = base.config
     config.architectures, config.dtype = [type(base).__name__], dtype
-    if hasattr(config, "fp8_block_size"):
-        del config.fp8_block_size
+    for ours in ("fp8_block_size", "grown_from"):
+        if hasattr(config, ours):
+            delattr(config, ours)
     config.save_pretrained(target)
     if (folder / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(folder).save_pretrained(target)

@@ -215,10 +215,10 @@ def _initial(assignment: Assignment, world: World, dtype: torch.dtype, report: R
             return
         report("note", {"text": f"making what the adapter begins with, kept in {folder}"})
         share = _share(assignment, world)
-        batches = read(assignment.store, "train", share, range(assignment.plan.total_steps))
+        batches = read(assignment.store, "train", share, range(share.order.steps_per_epoch))
         initial.make(
             assignment.model,
-            config.adapter,
+            assignment.adapter,
             config.run.seed,
             assignment.base.revision,
             lambda: (batch for step in batches for batch in step),
@@ -241,7 +241,7 @@ def _build(
         )
     return build(
         assignment.model,
-        config.adapter,
+        assignment.adapter,
         seed=config.run.seed,
         dtype=dtype,
         trained_dtype=engines.trained_dtype(choice.kind, dtype),
@@ -302,13 +302,18 @@ def _where_to_start(assignment: Assignment, world: World, report: Report) -> tup
     return found
 
 
+def _state_shapes(built: Built) -> dict[str, list[int]]:
+    remembered = built.allocation.shapes if built.allocation is not None else {}
+    return engines.state_shapes(built.trained, remembered)
+
+
 def _require_same_parameters(built: Built, reader: Reader) -> None:
     """Refuses the checkpoint of another model or adapter.
 
     Raises:
         UserError: names or shapes differ.
     """
-    expected, found = engines.state_shapes(built.trained), reader.shapes
+    expected, found = _state_shapes(built), reader.shapes
     changed = [n for n in expected if n in found and list(found[n]) != expected[n]]
     missing = [n for n in expected if n not in found]
     foreign = [n for n in found if n not in expected]
@@ -377,7 +382,7 @@ def _saver(
         config=assignment.config.checkpoint,
         identity=assignment.identity,
         engine=engine,
-        shapes=engines.state_shapes(built.trained),
+        shapes=_state_shapes(built),
         world=world,
         done=done,
         warn=lambda text: report("warning", {"text": text}),
@@ -427,7 +432,7 @@ def _save_final(
         final = save_final(
             run,
             assignment.model,
-            config.adapter,
+            assignment.adapter,
             reader,
             tokenizer,
             built.module.dtype,

@@ -37,12 +37,13 @@ def assignment(
     name: str,
     adapter: dict[str, Any] | None = None,
     keep: int = 2,
+    of_model: dict[str, Any] | None = None,
     **train: Any,
 ) -> Assignment:
     """Of a run of STEPS steps below `root`, with a checkpoint every four; `train` are more of its settings."""
     config = Config(
         run={"name": name, "storage": root},
-        model={"name": str(model), "dtype": "float32"},
+        model={"name": str(model), "dtype": "float32", **(of_model or {})},
         train={"global_batch": 4, "max_steps": STEPS, "learning_rate": 1e-2, **train},
         adapter=adapter or {},
         checkpoint={"every_steps": 4, "keep": keep},
@@ -52,7 +53,7 @@ def assignment(
     base = Base(fingerprint(model), None, 1, 1)
     run = RunDir(f"{root}/{name}")
     storage.write_bytes(run.config, dump(config).encode())
-    return Assignment(config, config.model, base, TokenizerSpec(str(model)), store, run, None)
+    return Assignment(config, config.model, base, TokenizerSpec.of(config.model), store, run, None)
 
 
 def work(given: Assignment, report: Report, orders: Orders | None = None) -> Outcome:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
 
 
@@ -18,15 +19,19 @@ class TokenizerSpec:
         name: a directory or a hub name.
         chat_template: jinja text in place of the tokenizer's own; None keeps that.
         trust_remote_code: whether the model's own Python may run.
+        added: tokens in addition to its own.
+        added_special: control tokens in addition.
     """
 
     name: str
     chat_template: str | None = None
     trust_remote_code: bool = False
+    added: tuple[str, ...] = ()
+    added_special: tuple[str, ...] = ()
 
     @staticmethod
-    def of(name: str, chat_template_file: str | None, trust_remote_code: bool) -> TokenizerSpec:
-        """Reads the template file.
+    def of(model: ModelConfig, chat_template_file: str | None = None) -> TokenizerSpec:
+        """A model's tokenizer; reads the template file.
 
         Raises:
             UserError: it can't be read.
@@ -39,7 +44,9 @@ class TokenizerSpec:
                 raise UserError(
                     f"data.chat_template = {chat_template_file}: can't be read: {error}"
                 ) from error
-        return TokenizerSpec(name, template, trust_remote_code)
+        return TokenizerSpec(
+            model.name, template, model.trust_remote_code, model.add_tokens, model.add_special_tokens
+        )
 
 
 @lru_cache(maxsize=4)
@@ -59,6 +66,8 @@ def load_tokenizer(spec: TokenizerSpec):  # type: ignore[no-untyped-def]  # tran
             f"({str(error).strip().splitlines()[0]}).\n"
             "A model directory needs tokenizer.json and tokenizer_config.json; copy them from the model it stems from."
         ) from error
+    tokenizer.add_tokens(list(spec.added))
+    tokenizer.add_tokens(list(spec.added_special), special_tokens=True)
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template
     return tokenizer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -22,9 +23,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter; a checkpoint has each under `<moment>/<parameter>`, the parameter under `model/`."""
 
 
-def state_shapes(trained: Mapping[str, torch.Size]) -> dict[str, list[int]]:
-    """The shape of every tensor of a checkpoint, from those of the trained parameters."""
-    return {f"{kind}/{name}": list(shape) for kind in ("model", *MOMENTS) for name, shape in trained.items()}
+def state_shapes(
+    trained: Mapping[str, torch.Size], remembered: Mapping[str, torch.Size] = MappingProxyType({})
+) -> dict[str, list[int]]:
+    """The shape of every tensor of a checkpoint.
+
+    Args:
+        trained: those of the trained parameters.
+        remembered: of what else has to be kept, by its name in the checkpoint.
+    """
+    kinds = ("model", *MOMENTS)
+    shapes = {f"{kind}/{name}": list(shape) for kind in kinds for name, shape in trained.items()}
+    return shapes | {name: list(shape) for name, shape in remembered.items()}
 
 
 @dataclass(frozen=True)

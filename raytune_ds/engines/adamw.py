@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,12 +18,23 @@ from raytune_ds.engines import MOMENTS, Piece, StepResult
 class AdamW:
     """The optimizer and its state, whose moments are there from the beginning: a first checkpoint is a whole one."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
-        """`parameters` by name; whole, or sharded as torch's DTensor."""
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: TrainConfig,
+        lr_scales: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Makes it.
+
+        Args:
+            parameters: by name; whole, or sharded as torch's DTensor.
+            config: the optimizer's settings.
+            lr_scales: factors of the learning rate of some parameters.
+        """
         self.parameters = parameters
         self._max_grad_norm = config.max_grad_norm
         self._optimizer = torch.optim.AdamW(
-            decay_groups(parameters, config.weight_decay), **adamw_settings(config)
+            groups_of(parameters, config.weight_decay, lr_scales), **adamw_settings(config)
         )
         for parameter in parameters.values():
             self._optimizer.state[parameter] = {
@@ -48,7 +60,7 @@ class AdamW:
                 for gradient in gradients:
                     gradient.mul_(self._max_grad_norm / grad_norm)
             for group in self._optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
             self._optimizer.step()
         return StepResult(grad_norm, skipped=not applied)
 
@@ -90,19 +102,25 @@ def adamw_settings(config: TrainConfig) -> dict[str, Any]:
     return {"lr": config.learning_rate, "betas": betas, "eps": config.adam_epsilon, "fused": True}
 
 
-def decay_groups(
+def groups_of(
     parameters: Mapping[str, nn.Parameter],
     weight_decay: float,
+    lr_scales: Mapping[str, float] = MappingProxyType({}),
     ndim: Callable[[nn.Parameter], int] = torch.Tensor.dim,
-) -> list[dict[str, object]]:
-    """Weight decay for matrices, none for norms and biases, as the Hugging Face trainer has it.
+) -> list[dict[str, Any]]:
+    """Parameter groups: weight decay for matrices, none for norms and biases, as the Hugging Face trainer has it.
 
     Args:
         parameters: by name.
         weight_decay: of matrices.
+        lr_scales: factors of the learning rate of some of them; a group's is its `lr_scale`.
         ndim: the number of dimensions of a whole parameter.
     """
-    matrices = [p for p in parameters.values() if ndim(p) >= 2]
-    vectors = [p for p in parameters.values() if ndim(p) < 2]
-    groups = ((matrices, weight_decay), (vectors, 0.0))
-    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        decay = weight_decay if ndim(parameter) >= 2 else 0.0
+        groups.setdefault((decay, lr_scales.get(name, 1.0)), []).append(parameter)
+    return [
+        {"params": members, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), members in groups.items()
+    ]

@@ -31,7 +31,8 @@ class DdpEngine:
         fill(self.module, task.built.read, task.world)
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self._gradient = flat_gradient(trained.values(), task.world.device)
-        self._adamw = AdamW(trained, task.train)
+        self._adamw = AdamW(trained, task.train, task.built.lr_scales)
+        self._allocation = task.built.allocation
 
     @property
     def updates(self) -> int:
@@ -44,10 +45,14 @@ class DdpEngine:
 
     def step(self, lr: float, wanted: bool = True) -> StepResult:
         """See Engine."""
+        if self._allocation is not None and self._world.is_main:
+            self._allocation.add_penalty()
         if self._world.size > 1:
             dist.all_reduce(self._gradient)
         grad_norm = float(torch.linalg.vector_norm(self._gradient))
         result = self._adamw.apply([self._gradient], grad_norm, lr, wanted)
+        if self._allocation is not None and not result.skipped:
+            self._allocation.allocate(self.updates)
         self._gradient.zero_()
         return result
 
@@ -59,11 +64,21 @@ class DdpEngine:
             first, last = tensor.numel() * rank // size, tensor.numel() * (rank + 1) // size
             return first, last, first
 
-        return self._adamw.pieces(share)
+        yield from self._adamw.pieces(share)
+        if self._allocation is not None:
+            for name, tensor in self._allocation.state().items():
+                first, last, start = share(name, tensor)
+                if first < last:
+                    yield Piece(name, start, tensor.reshape(-1)[first:last])
 
     def load(self, read: Read, updates: int) -> None:
         """See Engine."""
         self._adamw.load(lambda t, kind, name: hand_out(t, f"{kind}/{name}", read, self._world), updates)
+        if self._allocation is not None:
+            state = {n: torch.empty(s, device=self._world.device) for n, s in self._allocation.shapes.items()}
+            for name, tensor in state.items():
+                hand_out(tensor, name, read, self._world)
+            self._allocation.load(state)
 
 
 def flat_gradient(parameters: Iterable[nn.Parameter], device: torch.device) -> torch.Tensor:

@@ -42,7 +42,7 @@ class FsdpEngine:
             _read_part(local(parameter.detach()), parameter, name, task.built.read)
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self._rows_before = {name: _first_row(parameter) for name, parameter in trained.items()}
-        self._adamw = AdamW(trained, task.train)
+        self._adamw = AdamW(trained, task.train, task.built.lr_scales)
 
     @property
     def updates(self) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from raytune_ds.engines import MOMENTS, Piece, StepResult, Task
-from raytune_ds.engines.adamw import adamw_settings, decay_groups
+from raytune_ds.engines.adamw import adamw_settings, groups_of
 from raytune_ds.engines.ds.config import ds_config
 from raytune_ds.engines.ds.work import DsConfig, Facts
 from raytune_ds.engines.fill import become, fill, move_buffers
@@ -84,7 +84,7 @@ class ZeroEngine:
     def step(self, lr: float, wanted: bool = True) -> StepResult:
         """See Engine."""
         for group in self._zero.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         grad_norm = self._partitions.grad_norm()
         # DeepSpeed passes over the step where this says so. It looks by itself only at elements, and its float32 norm
         # may overflow where none of them does.
@@ -176,8 +176,11 @@ class _OneByOne(nn.Module):
 
 
 def _optimizer(task: Task, made: DsConfig, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    groups = decay_groups(
-        trained, task.train.weight_decay, ndim=lambda p: len(getattr(p, "ds_shape", p.shape))
+    groups = groups_of(
+        trained,
+        task.train.weight_decay,
+        task.built.lr_scales,
+        ndim=lambda p: len(getattr(p, "ds_shape", p.shape)),
     )
     settings = adamw_settings(task.train)
     if not made.optimizer_on_cpu:

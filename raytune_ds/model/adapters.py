@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from raytune_ds.adapterconfig import AdapterConfig
+from raytune_ds.adapterconfig import PLANNING, TOTAL_STEPS, AdapterConfig
 from raytune_ds.errors import UserError
 from raytune_ds.model.targets import NOT_IN_LAYERS, Chosen, choose, shortest_names
 from raytune_ds.section import as_mapping
@@ -33,6 +33,8 @@ _SPELLED: dict[str, tuple[str, ...]] = {
     "bias": ("bias",),
 }
 
+# Of a run whose length is not known, when only the adapter's size is asked for.
+_SOME_LENGTH = 1 << 30
 _FROM_WEIGHTS = "begins with something made of the base weights, which this trainer does for lora alone"
 _OTHERWISE = "does not wrap layers in place"
 REFUSED = {
@@ -85,6 +87,8 @@ def peft_config(model: PreTrainedModel, config: AdapterConfig, chosen: Chosen) -
         }
     if config.modules_to_save:
         values["modules_to_save"] = _existing(model, config.modules_to_save)
+    if config.kind in PLANNING:
+        values[TOTAL_STEPS] = _SOME_LENGTH
     values |= _options(config, known)
     try:
         return made(**values)

@@ -6,7 +6,7 @@ An engine decides which part of them lives in which process, and reads that part
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.config import ModelConfig
 from raytune_ds.model import adapters
+from raytune_ds.model.allocation import RankAllocation, allocation_of
 from raytune_ds.model.initial import Initial, adapted
 from raytune_ds.model.load import hold_in, own_attention, packed_attention, parts, runs_on_packs, skeleton
 from raytune_ds.model.packed import PackedLM
@@ -32,6 +33,8 @@ class Built:
         blocks: the transformer's layers, the units in which an engine may gather parameters.
         base: the Hugging Face model inside.
         trained: the shape of each trained parameter of `module`.
+        lr_scales: factors of the learning rate of some of them.
+        allocation: gives up ranks of the adapter as training goes on, where it is of that kind.
     """
 
     module: PackedLM
@@ -39,6 +42,8 @@ class Built:
     blocks: tuple[nn.Module, ...]
     base: PreTrainedModel
     trained: Mapping[str, torch.Size]
+    lr_scales: Mapping[str, float] = field(default_factory=dict)
+    allocation: RankAllocation | None = None
 
     @property
     def trainable(self) -> int:
@@ -98,7 +103,16 @@ def build(
         blocks=_blocks(base),
         base=base,
         trained={name: p.shape for name, p in module.named_parameters() if p.requires_grad},
+        lr_scales=_lr_scales(module, adapter),
+        allocation=allocation_of(module),
     )
+
+
+def _lr_scales(module: nn.Module, adapter: AdapterConfig) -> dict[str, float]:
+    """LoRA+ (arXiv:2402.12354): B learns faster than A."""
+    if adapter.loraplus_lr_ratio is None:
+        return {}
+    return {name: adapter.loraplus_lr_ratio for name, _ in module.named_parameters() if ".lora_B." in name}
 
 
 class _Initial:

@@ -29,6 +29,7 @@ from raytune_ds.config import ModelConfig
 from raytune_ds.data.batch import Batch
 from raytune_ds.errors import UserError
 from raytune_ds.model import adapters
+from raytune_ds.model.allocation import kept_ranks
 from raytune_ds.model.load import load_for_generation, skeleton
 from raytune_ds.model.targets import choose, shortest_names
 from raytune_ds.model.weights import Weights, locate, open_weights
@@ -77,11 +78,14 @@ class Initial:
         from peft import get_peft_model_state_dict
 
         held = {name: value for name, value in ready.state_dict().items() if not value.is_meta}
+        config = ready.peft_config[adapters.NAME]
+        if config.peft_type == "ADALORA":
+            config.rank_pattern = kept_ranks({n.removeprefix(_PEFT): t for n, t in (state or {}).items()})
         # Peft would otherwise ask the hub whether the vocabulary has grown.
         tensors = get_peft_model_state_dict(
             ready, state_dict={**held, **(state or {})}, save_embedding_layers=False
         )
-        return Initial(ready.peft_config[adapters.NAME], dict(tensors))
+        return Initial(config, dict(tensors))
 
     def write(self, folder: str) -> None:
         """As a peft directory; the config, by which it is known to be whole, last."""

@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 
 from raytune_ds import hub
 from raytune_ds.config import ModelConfig
+from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 from raytune_ds.errors import UserError
 from raytune_ds.model import attention, weights
 
@@ -100,9 +101,9 @@ def load_for_generation(config: ModelConfig, dtype: torch.dtype, device: torch.d
         UserError: it can't be loaded.
     """
     attention = own_attention(config)
-    return _from_pretrained(
-        config, dtype=dtype, attn_implementation=attention, device_map={"": device}
-    ).eval()
+    model = _from_pretrained(config, dtype=dtype, attn_implementation=attention, device_map={"": device})
+    _grow(model, config)
+    return model.eval()
 
 
 def skeleton(config: ModelConfig, attention: str | None = None) -> PreTrainedModel:
@@ -134,12 +135,25 @@ def skeleton(config: ModelConfig, attention: str | None = None) -> PreTrainedMod
         raise UserError(
             f"model.name = {config.name}: no causal language model: {_first_line(error)}"
         ) from error
+    _grow(model, config)
     model.tie_weights()  # parameters on the meta device are new objects, each a single one
     for name, buffer in [*model.named_buffers()]:
         if buffer.is_meta:
             owner, _, own_name = name.rpartition(".")
             setattr(model.get_submodule(owner), own_name, torch.empty_like(buffer, device="cpu"))
     return model
+
+
+def _grow(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Makes room for added tokens where there is none; how many rows the files have is kept as config.grown_from."""
+    if not (config.add_tokens or config.add_special_tokens):
+        return
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.num_embeddings
+    needed = len(load_tokenizer(TokenizerSpec.of(config)))
+    if needed > rows:
+        model.resize_token_embeddings(needed, mean_resizing=False)
+        model.config.grown_from = rows
 
 
 class _EmptyOnMeta(TorchFunctionMode):

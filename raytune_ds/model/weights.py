@@ -41,6 +41,7 @@ _PATTERNS = ("*.safetensors", "*.bin")  # the second only where there is none of
 _SINGLE = {"*.safetensors": "model.safetensors", "*.bin": "pytorch_model.bin"}
 _SCALE = "_scale_inv"
 _SAMPLES, _SAMPLE_BYTES = 64, 1024
+_MEAN_ELEMENTS = 1 << 26  # read at a time to take a mean
 
 
 @dataclass
@@ -68,12 +69,17 @@ class Weights:
         self._place, self._model = place, model
         self._files = {name: file for file in opened for name in _names(file)}
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self._grown = _grown(model)
         self._sources = self._match()
         self._require_all()
         self._last: tuple[str, torch.Tensor] | None = None
+        self._means: dict[str, torch.Tensor] = {}
 
     def __call__(self, name: str, start: int, stop: int) -> torch.Tensor:
         """See Read; in the dtype of the file."""
+        if name in self._grown and stop > (held := self._grown[name] * self._shapes[name][1]):
+            there = [self(name, start, held)] if start < held else []
+            return torch.cat([*there, self._added(name, max(start, held), stop)])
         source = self._sources[name]
         row = math.prod(self._shapes[name][1:])
         first, last = start // row, -(-stop // row)
@@ -88,6 +94,19 @@ class Weights:
                 self._last = (name, self._converted(name, source, slice(None)))
             part = self._last[1][first:last]
         return part.reshape(-1)[start - first * row : stop - first * row]
+
+    def _added(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements of rows that the files do not have: each is the mean of those they have, as transformers begins."""
+        rows, width = self._grown[name], self._shapes[name][1]
+        if name not in self._means:
+            step = max(1, _MEAN_ELEMENTS // width)
+            parts = (self(name, i * width, min(rows, i + step) * width) for i in range(0, rows, step))
+            self._means[name] = (
+                sum((p.view(-1, width).double().sum(0) for p in parts), torch.zeros(())) / rows
+            )
+        first, last = start // width, -(-stop // width)
+        added = self._means[name].to(self(name, 0, 1).dtype).repeat(last - first)
+        return added[start - first * width : stop - first * width]
 
     def __contains__(self, name: str) -> bool:
         """Whether the files hold that parameter or buffer."""
@@ -122,10 +141,15 @@ class Weights:
             )
         for name, source in self._sources.items():
             found = self._shape_in_files(name, source)
-            if found != list(self._shapes[name]):
+            expected = (
+                [self._grown.get(name, self._shapes[name][0]), *self._shapes[name][1:]]
+                if self._shapes[name]
+                else []
+            )
+            if found != expected:
                 raise UserError(
-                    f"model.name: {self._place}: {name} has shape {found} in the files, and "
-                    f"{list(self._shapes[name])} by its config.json."
+                    f"model.name: {self._place}: {name} has shape {found} in the files, and {expected} by its "
+                    "config.json."
                 )
 
     def _shape_in_files(self, name: str, source: _Source) -> list[int] | str:
@@ -177,6 +201,15 @@ class Weights:
         height, width = self._model.config.fp8_block_size
         scale = scale.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
         return (file.read(key, 0, rows * columns).reshape(rows, columns).float() * scale).bfloat16()
+
+
+def _grown(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters with a row for each token -> rows in the files, where tokens were added."""
+    if (rows := getattr(model.config, "grown_from", None)) is None:
+        return {}
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    held = {id(p) for module in modules for p in module.parameters()}
+    return {name: rows for name, p in model.named_parameters() if id(p) in held and p.ndim == 2}
 
 
 def _targets(name: str, rule: WeightConverter | None) -> Iterator[str]:

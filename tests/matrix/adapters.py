@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from raytune_ds.data.batch import read
@@ -195,7 +194,7 @@ def main(only: Sequence[str]) -> int:
     torch.set_num_threads(1)
     from tests.conftest import TEXTS
 
-    out = Console(width=140)
+    out = Console(soft_wrap=True, highlight=False)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         models = {name: tiny.build(name, lambda: TEXTS, 0, root / name) for name in tiny.ARCHITECTURES}
@@ -205,8 +204,10 @@ def main(only: Sequence[str]) -> int:
             for architecture in tiny.ARCHITECTURES
             for group in ("auto", *GROUPS)
         ]
-        table = Table("", "trained", "s a step", "first loss", "last", "loaded", "merged", "")
         failed = 0
+        out.print(
+            f"{'':22}{'trained':>10}{'s a step':>10}{'first loss':>12}{'last':>9}{'loaded':>9}{'merged':>10}"
+        )
         for number, (name, architecture, adapter) in enumerate([*by_kind, *by_part]):
             if only and not any(fnmatch(name, pattern) for pattern in only):
                 continue
@@ -214,15 +215,21 @@ def main(only: Sequence[str]) -> int:
             try:
                 found = trial(prepared(place), models[architecture], place, adapter)
             except UserError as error:
-                table.add_row(name, *[""] * 6, str(error).splitlines()[0])
+                out.print(f"{name:22}{'':10}{str(error).splitlines()[0]}", markup=False)
+                continue
+            except Exception as error:  # the others are still worth a look
+                failed += 1
+                out.print(f"{name:22}{'':10}{error!r}", markup=False)
                 continue
             problems = "; ".join(found.problems())
             failed += bool(problems)
-            losses = (found.losses[0], found.losses[-1], found.loaded, found.merged)
-            shown = ["no merge" if loss is None else f"{loss:.4f}" for loss in losses]
-            table.add_row(name, f"{found.trainable:,}", f"{found.step_s:.3f}", *shown, problems)
+            merged = "-" if found.merged is None else f"{found.merged:.4f}"
+            out.print(
+                f"{name:22}{found.trainable:>10,}{found.step_s:>10.3f}{found.losses[0]:>12.4f}"
+                f"{found.losses[-1]:>9.4f}{found.loaded:>9.4f}{merged:>10}  {problems}",
+                markup=False,
+            )
             shutil.rmtree(place)
-    out.print(table)
     out.print(f"{failed} failed; {time.monotonic() - started:.0f} s")
     return bool(failed)
 
