@@ -67,7 +67,9 @@ def load_tokenizer(spec: TokenizerSpec):  # type: ignore[no-untyped-def]  # tran
             "A model directory needs tokenizer.json and tokenizer_config.json; copy them from the model it stems from."
         ) from error
     tokenizer.add_tokens(list(spec.added))
-    tokenizer.add_tokens(list(spec.added_special), special_tokens=True)
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": list(spec.added_special)}, replace_extra_special_tokens=False
+    )
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template
     return tokenizer

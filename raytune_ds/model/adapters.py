@@ -43,6 +43,8 @@ REFUSED = {
         _FROM_WEIGHTS,
     ),
     **dict.fromkeys(("adaption_prompt", "xlora"), _OTHERWISE),
+    "shadow": "computes beside the model, not in its layers",
+    "lily": "saved by peft 0.21, it computes otherwise when it is loaded",
     "poly": "wants to be told a task with each row",
     "trainable_tokens": "trains tokens and no layers; see adapter.modules_to_save",
 }

@@ -11,7 +11,7 @@ import copy
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,12 +78,13 @@ class Initial:
         from peft import get_peft_model_state_dict
 
         held = {name: value for name, value in ready.state_dict().items() if not value.is_meta}
+        trained = _under_all_names(ready, state or {})
         config = ready.peft_config[adapters.NAME]
         if config.peft_type == "ADALORA":
-            config.rank_pattern = kept_ranks({n.removeprefix(_PEFT): t for n, t in (state or {}).items()})
+            config.rank_pattern = kept_ranks({n.removeprefix(_PEFT): t for n, t in trained.items()})
         # Peft would otherwise ask the hub whether the vocabulary has grown.
         tensors = get_peft_model_state_dict(
-            ready, state_dict={**held, **(state or {})}, save_embedding_layers=False
+            ready, state_dict={**held, **trained}, save_embedding_layers=False
         )
         return Initial(config, dict(tensors))
 
@@ -120,6 +121,13 @@ class Initial:
                 f"adapter: its weights do not fit this model: {', '.join(wrong[:3])}; it is of another base model."
             )
         set_peft_model_state_dict(ready, dict(self.tensors))
+
+
+def _under_all_names(ready: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A parameter that layers share is trained under one name, and saved under all of them."""
+    values = {id(p): state[name] for name, p in ready.named_parameters() if name in state}
+    names = ready.named_parameters(remove_duplicate=False)
+    return {name: values[id(p)] for name, p in names if id(p) in values}
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

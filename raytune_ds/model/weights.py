@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,13 +56,20 @@ class _Source:
 class Weights:
     """The weights below a model directory."""
 
-    def __init__(self, opened: Sequence[File], place: str, model: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        opened: Sequence[File],
+        place: str,
+        model: PreTrainedModel,
+        grown: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         """Reads the files' headers.
 
         Args:
             opened: the model's files.
             place: where they lie, for messages.
             model: gives names, shapes and conversions; its own weights are not looked at.
+            grown: parameters that the model has more rows of than the files -> those of the files.
 
         Raises:
             UserError: there are no weights, or they are not this model's.
@@ -69,7 +77,7 @@ class Weights:
         self._place, self._model = place, model
         self._files = {name: file for file in opened for name in _names(file)}
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        self._grown = _grown(model)
+        self._grown = grown
         self._sources = self._match()
         self._require_all()
         self._last: tuple[str, torch.Tensor] | None = None
@@ -254,7 +262,7 @@ def open_weights(folder: Path, model: PreTrainedModel) -> Weights:
     Raises:
         UserError: there are none, or they are not this model's.
     """
-    return Weights([_open(path) for path in files(folder)], str(folder), model)
+    return Weights([_open(path) for path in files(folder)], str(folder), model, _grown(model))
 
 
 def _open(path: Path) -> File:
