@@ -1,6 +1,7 @@
 """Every kind of adapter, and every architecture, from the first step to what people load.
 
-`python -m tests.matrix.adapters [PATTERN ...]` prints the table, or the rows whose names match. A trial trains some
+`python -m tests.matrix.adapters [PATTERN ...]` prints the table, or the rows whose names match; with
+`demo`, what each method costs on the bundled data. A trial trains some
 steps, once more from its middle, and once more one step shorter. The last one's final/, in the
 hands of plain peft and plain transformers, has to have the loss that the longer run had at its last step, and again
 after it was merged and read back.
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.data.batch import read
 from raytune_ds.data.store import Store
 from raytune_ds.errors import UserError
 from raytune_ds.model import tiny
+from raytune_ds.rundir import RunDir
 from tests.alone import assignment, prepared, work
 
 STEPS, MIDDLE = 20, 8
@@ -186,6 +189,33 @@ def _merged(loaded: Any, folder: Path, given: Any) -> float | None:
     return _loss(AutoModelForCausalLM.from_pretrained(folder).eval(), given)
 
 
+def on_the_demo(out: Console, root: Path, steps: int = 60) -> None:
+    """Each variant on the bundled demo's rows, one after the other in this process: what it costs and where it gets."""
+    from raytune_ds.check import check
+    from raytune_ds.cluster import connect
+    from raytune_ds.compose import compose
+    from raytune_ds.launch import assign
+
+    words = [
+        *("model.name=tiny:qwen2", "data.seq_len=256", "train.global_batch=8", f"train.max_steps={steps}"),
+        *(f"run.storage={root}", "train.learning_rate=2e-3", "tracking.to=[]", "engine.kind=ddp"),
+    ]
+    connect(False)
+    given = assign(check(compose([], [*words, "run.name=demo"])))
+    out.print(f"{'':18}{'trained':>10}{'s a step':>10}{'first loss':>12}{'last':>9}{'held out':>10}")
+    for name, adapter in VARIANTS.items():
+        config = given.config.model_copy(update={"adapter": AdapterConfig(**adapter)})
+        this = replace(given, config=config, run=RunDir(f"{root}/{name}"))
+        outcome = work(this, lambda kind, content: None)
+        rows = this.run.read_metrics()
+        losses = [row["loss"] for row in rows if "loss" in row]
+        step_s = sorted(row["step_time_s"] for row in rows if "loss" in row)[steps // 2]
+        held_out = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
+        out.print(
+            f"{name:18}{outcome.trainable:>10,}{step_s:>10.3f}{losses[0]:>12.3f}{losses[-1]:>9.3f}{held_out:>10.3f}"
+        )
+
+
 def main(only: Sequence[str]) -> int:
     """Prints both tables; the exit code says whether all holds."""
     started = time.monotonic()
@@ -195,6 +225,9 @@ def main(only: Sequence[str]) -> int:
     out = Console(soft_wrap=True, highlight=False)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
+        if list(only) == ["demo"]:
+            on_the_demo(out, root)
+            return 0
         models = {name: tiny.build(name, lambda: TEXTS, 0, root / name) for name in tiny.ARCHITECTURES}
         by_kind = [(name, "qwen2", adapter) for name, adapter in VARIANTS.items()]
         by_part = [

@@ -36,6 +36,8 @@ DEFAULTS = {
         "dtype": "auto",
         "quantization": "none",
         "attention": "auto",
+        "add_tokens": [],
+        "add_special_tokens": [],
         "trust_remote_code": False,
     },
     "adapter": {
