@@ -5,7 +5,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     errors, console, storage, hub      what a user caused; what people see; files anywhere; the Hugging Face hub
     lease                              one driver at a time, at a run or at a store
     tensorfile                         ranges of the tensors in a safetensors file anywhere
-    section, cluster-/sweepconfig, config  the config tree
+    section, cluster-/sweep-/adapterconfig, config  the config tree
     keys, yamlfile, compose, naming    how YAML and key=value become one; names made from it
     deploy/                            the files of a cluster, made from the config
     data/values, conversation          what a row's JSON holds; messages of any spelling to a conversation
@@ -29,8 +29,9 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
                                        one by one; a page of all that
     world, rundir                      the ranks; the run directory
     watch, downtime, stacks            workers that hang; what a restart costs; the stacks of a process
-    model/                             tiny models, packed attention and losses, weights by ranges, adapters; build:
-                                       the module that is trained, without weights yet
+    model/                             tiny models, packed attention and losses, weights by ranges; anatomy, targets: what
+                                       a model is made of and which of it is adapted; adapters, initial: peft's adapters,
+                                       and what they begin with; build: the module that is trained, without weights yet
     objectives/, engines/              a batch to a loss sum; gradients to an update, and who holds which part
     checkpoint, saver                  checkpoints, of no engine and no world size; taking them while training goes on
     tracking, modelcard, export        what else a run leaves behind

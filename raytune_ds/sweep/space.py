@@ -46,6 +46,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "train.learning_rate": {"loguniform": [2e-5, 5e-4]},
         **_LORA,
     },
+    # Of other methods only their own options say how large they are.
+    "other": {"train.learning_rate": {"loguniform": [2e-5, 5e-3]}},
     "full": {
         "train.learning_rate": {"loguniform": [1e-6, 1e-4]},
         "train.weight_decay": {"choice": [0.0, 0.01, 0.1]},
@@ -163,6 +165,8 @@ def check_space(base: Config) -> Space:
 def _default_name(config: Config) -> str:
     if config.adapter.kind == "none":
         return "full"
+    if config.adapter.kind != "lora":
+        return "other"
     return "lora" if config.model.quantization == "none" else "qlora"
 
 
