@@ -236,7 +236,7 @@ def test_a_value_of_a_formula_is_checked_like_any_other() -> None:
 # ---- defaults, and what is made of a space --------------------------------------------------------
 
 
-@pytest.mark.parametrize(("adapter", "name"), [("lora", "lora"), ("none", "full")])
+@pytest.mark.parametrize(("adapter", "name"), [("lora", "lora"), ("vera", "other"), ("none", "full")])
 def test_there_is_a_default_space(adapter: str, name: str) -> None:
     """For what is trained."""
     base = config(adapter={"kind": adapter})
