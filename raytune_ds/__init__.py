@@ -38,7 +38,8 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     bysource                           losses of each source
     guard, loop                        steps that go wrong; the training loop
     assignment, hooks, worker          what a worker is told; what its loop sets off; one worker, start to end (no Ray)
-    generate, evaluate                 answers and scores of a finished run
+    sampling, decode, generate         how tokens are chosen; a batch, token by token; answers of a finished run
+    prompts, terminal, evaluate        files of prompts and answers; answers as a person sees them; scores
     network, nodes (R), doctor/        the interface between nodes; a function on each of them; what is wrong
     check, cluster, preflight (R)      what is tried first, of the config and of the cluster; the Ray it runs on
     metrics, torchgroup (R)            the run as Ray metrics; torch's process group

@@ -1,12 +1,11 @@
-"""Answers from a finished run, base plus adapter or the trained model: batched, or streamed to a terminal."""
+"""Answers from a finished run, base plus adapter or the trained model: batched, or streamed."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +14,27 @@ from transformers import PreTrainedTokenizerBase
 
 from raytune_ds import storage
 from raytune_ds.config import ModelConfig
-from raytune_ds.console import say
 from raytune_ds.data.chat import ChatTemplate
-from raytune_ds.data.formats import RowError
+from raytune_ds.data.formats import Example, RowError
+from raytune_ds.data.literal import Literals
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
+from raytune_ds.decode import Answer, decode
 from raytune_ds.errors import UserError
 from raytune_ds.model.load import compute_dtype, load_for_generation
 from raytune_ds.rundir import RunDir
+from raytune_ds.sampling import Sampling
+
+__all__ = ["Generator", "Messages", "Sampling"]
 
 Messages = Sequence[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen.
-
-    Attributes:
-        max_new_tokens: the longest answer.
-        temperature: 0 takes the likeliest token each time.
-        top_p: samples from the smallest set of tokens with this much probability.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    def options(self) -> dict[str, Any]:
-        """As `generate` takes them."""
-        if self.temperature == 0:
-            return {
-                "max_new_tokens": self.max_new_tokens,
-                "do_sample": False,
-                "temperature": None,
-                "top_p": None,
-            }
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-        }
 
 
 class Generator:
     """A model that answers conversations."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-        """`model` is a transformers or peft model in evaluation mode."""
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, adapted: bool = True) -> None:
+        """`model` is a transformers or peft model in evaluation mode; unless `adapted`, its adapter is left out."""
+        self.model, self.tokenizer, self._adapted = model, tokenizer, adapted
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
@@ -73,164 +45,187 @@ class Generator:
         Raises:
             UserError: it is no finished run, or its base model is gone.
         """
-        run = RunDir(storage.absolute(path))
-        if not storage.is_local(run.path):
-            raise UserError(
-                f"--run {path}: copy the run directory to this machine first (config.json and final/ will do)."
-            )
-        config = storage.read_json(run.config)
-        if config is None:
-            raise UserError(f"--run {path}: no run directory (it has no config.json).")
-        if not storage.exists(run.final):
-            raise UserError(
-                f"--run {path}: the run has not finished (no final/). Start the same command again to go on."
-            )
-        return Generator.of_directory(Path(run.final), config["model"]["trust_remote_code"], device)
+        final, config = finished(path)
+        return Generator.of_directory(final, config["model"]["trust_remote_code"], device)
 
     @staticmethod
     def of_directory(path: Path, trust_remote_code: bool = False, device: str = "auto") -> Generator:
         """A peft adapter directory or a model directory, with its tokenizer.
 
         Raises:
-            UserError: the adapter's base model is gone.
+            UserError: it is neither, or the adapter's base model is gone.
         """
         adapter = path / "adapter_config.json"
+        if not adapter.exists() and not (path / "config.json").exists():
+            raise UserError(
+                f"{path}: neither an adapter nor a model (it has no adapter_config.json or config.json)."
+            )
         base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(path)
-        where = torch.device(_auto_device() if device == "auto" else device)
-        config = ModelConfig(name=base, trust_remote_code=trust_remote_code)
-        model: Any = load_for_generation(config, compute_dtype("auto", where), where)
+        model = _load(base, trust_remote_code, device)
         if adapter.exists():
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(path)).eval()
-        tokenizer = load_tokenizer(TokenizerSpec(str(path), None, trust_remote_code))
-        return Generator(model, tokenizer)
+        return Generator(model, load_tokenizer(TokenizerSpec(str(path), None, trust_remote_code)))
 
-    @torch.inference_mode()
-    def answer(
-        self, conversations: Sequence[Messages], sampling: Sampling, batch_size: int = 16
-    ) -> Iterator[str]:
-        """The answer to each conversation, in order; end token and special tokens left out."""
-        for start in range(0, len(conversations), batch_size):
-            inputs = self._encode(conversations[start : start + batch_size])
-            output_BT = self.model.generate(**inputs, **self._options(sampling))
-            answers_BT = output_BT[:, inputs["input_ids"].shape[1] :]
-            yield from self.tokenizer.batch_decode(answers_BT, skip_special_tokens=True)
+    @property
+    def has_adapter(self) -> bool:
+        """Whether it is an adapter on a model that is there as it was."""
+        return hasattr(self.model, "disable_adapter")
 
-    @torch.inference_mode()
-    def stream(self, conversation: Messages, sampling: Sampling, write: Callable[[str], None]) -> str:
-        """One answer, handed to `write` piece by piece as it is made; returned whole."""
-        streamer = _Streamer(self.tokenizer, write)
-        self.model.generate(**self._encode([conversation]), **self._options(sampling), streamer=streamer)
-        return streamer.text
+    def base(self, name: str | None = None, trust_remote_code: bool = False) -> Generator:
+        """The model as it was before training, asked in the same chat format.
 
-    def _encode(self, conversations: Sequence[Messages]) -> dict[str, torch.Tensor]:
-        texts = [self._render(conversation) for conversation in conversations]
-        # On the left, so that every answer starts where its row of the batch ends.
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-        )
-        names = ("input_ids", "attention_mask")
-        return {name: encoded[name].to(self.model.device) for name in names}
+        Args:
+            name: of the model, on the hub or a directory; not needed with an adapter, whose weights are shared.
+            trust_remote_code: as `model.trust_remote_code`.
 
-    def _render(self, conversation: Messages) -> str:
+        Raises:
+            UserError: it can't be loaded.
+        """
+        if self.has_adapter:
+            return Generator(self.model, self.tokenizer, adapted=False)
+        assert name is not None
+        model = _load(name, trust_remote_code, self.model.device.type)
+        if len(self.tokenizer) <= model.get_input_embeddings().num_embeddings:
+            return Generator(model, self.tokenizer)
+        # Tokens that training added mean nothing to it.
+        return Generator(model, load_tokenizer(TokenizerSpec(name, None, trust_remote_code)))
+
+    @property
+    def context(self) -> int:
+        """How many tokens the model reads and writes at most; enough for anything where it does not say."""
+        return getattr(self.model.config, "max_position_embeddings", None) or 2**31
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer: the generation config's, and the tokenizer's, which training put there."""
+        known = self.model.generation_config.eos_token_id
+        ids = [known] if isinstance(known, int) else known or []
+        own = self.tokenizer.eos_token_id
+        return frozenset([*ids, own] if own is not None else ids)
+
+    def prompt_ids(
+        self,
+        conversation: Messages,
+        tools: Sequence[dict[str, Any]] = (),
+        thinking: bool | None = None,
+    ) -> list[int]:
+        """What the model reads, token for token what training has in front of an answer.
+
+        Args:
+            conversation: messages, as in `Example`.
+            tools: functions that may be called, for the template.
+            thinking: sets the template's switch, if it has one; None leaves it as it was in training.
+
+        Raises:
+            UserError: the chat template refuses the conversation.
+        """
         if not self.tokenizer.chat_template:  # trained on raw text: what is asked is simply continued
+            text = "".join(str(message["content"]) for message in conversation)
             # Training put the same token in front.
-            return (self.tokenizer.bos_token or "") + "".join(
-                str(message["content"]) for message in conversation
-            )
+            return self._literals.ids([(self.tokenizer.bos_token or "") + text])[0]
+        guarded = self._literals.guarded(Example(tuple(dict(m) for m in conversation), tuple(tools)))
         try:
-            return ChatTemplate(self.tokenizer).render(conversation, (), generate=True)
+            text = self._template.render(guarded.messages, guarded.tools, generate=True, thinking=thinking)
         except RowError as error:
             raise UserError(f"this conversation: {error}") from error
+        return self._literals.ids([text])[0]
 
-    def _options(self, sampling: Sampling) -> dict[str, Any]:
-        return {**sampling.options(), "pad_token_id": self.tokenizer.pad_token_id}
+    def ask(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        position: int = 0,
+        write: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """The answer that `run` will write to a prompt, cut where the model's context ends.
+
+        Raises:
+            UserError: the prompt leaves no room for an answer.
+        """
+        room = self.context - len(prompt)
+        if room < 1:
+            raise UserError(
+                f"this conversation has {len(prompt)} tokens, and the model reads {self.context} at most, "
+                "its answer included."
+            )
+        if room < sampling.max_new_tokens:
+            sampling = Sampling(**{**vars(sampling), "max_new_tokens": room})
+        generator = sampling.generator(position, self.model.device)
+        return Answer(self.tokenizer, prompt, sampling, self.ends, generator, write)
+
+    def run(self, answers: Sequence[Answer], pause: Callable[[], bool] = lambda: False) -> None:
+        """Writes answers as one batch; see `decode`."""
+        with contextlib.nullcontext() if self._adapted else self.model.disable_adapter():
+            decode(self.model, self.tokenizer, answers, pause)
+
+    def answer(
+        self, conversations: Sequence[Messages], sampling: Sampling, batch_size: int = 16, first: int = 0
+    ) -> Iterator[str]:
+        """The answer to each conversation, in order; end token and special tokens left out.
+
+        Prompts of like lengths are answered together, so that little is padded: out of `WINDOW` batches each time.
+
+        Args:
+            conversations: what is asked.
+            sampling: how tokens are chosen; with a seed, each conversation has random numbers of its own.
+            batch_size: how many are answered at once.
+            first: the place of the first conversation in a list that is answered in parts.
+        """
+        for start in range(0, len(conversations), batch_size * self.WINDOW):
+            asked = conversations[start : start + batch_size * self.WINDOW]
+            answers = [
+                self.ask(self.prompt_ids(conversation), sampling, first + start + offset)
+                for offset, conversation in enumerate(asked)
+            ]
+            by_length = sorted(answers, key=lambda answer: len(answer.prompt), reverse=True)
+            for begin in range(0, len(by_length), batch_size):
+                self.run(by_length[begin : begin + batch_size])
+            yield from (answer.text for answer in answers)
+
+    WINDOW = 8
+
+    def stream(self, conversation: Messages, sampling: Sampling, write: Callable[[str], None]) -> str:
+        """One answer, handed to `write` piece by piece as it is made; returned whole."""
+        answer = self.ask(self.prompt_ids(conversation), sampling, write=write)
+        self.run([answer])
+        return answer.text
+
+    @cached_property
+    def _literals(self) -> Literals:
+        return Literals(self.tokenizer)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
 
 
-def chat(generator: Generator, sampling: Sampling, system: str | None) -> None:
-    """A conversation in the terminal: answers are streamed and the history is kept. Ctrl-D or /exit ends it."""
-    opening: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    history = list(opening)
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # gives input() line editing and a history
-    say("Ask away. /new forgets the conversation, /exit or Ctrl-D ends it.", style="dim")
-    while (question := _ask()) is not None:
-        if question == "/new":
-            history = list(opening)
-        elif question:
-            history.append({"role": "user", "content": question})
-            answer = generator.stream(history, sampling, write_now)
-            write_now("\n")
-            history.append({"role": "assistant", "content": answer})
-
-
-def _ask() -> str | None:
-    try:
-        line = input("> ").strip()
-    except EOFError:
-        return None
-    return None if line == "/exit" else line
-
-
-def write_now(text: str) -> None:
-    """Text to the terminal at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def read_prompts(path: str) -> list[Messages]:
-    """Conversations from a file: plain text, one prompt a line, or JSON lines with `prompt` or `messages`.
+def finished(path: str) -> tuple[Path, dict[str, Any]]:
+    """`final/` of a finished run on this machine, and its config.
 
     Raises:
-        UserError: the file is missing, empty or malformed.
+        UserError: it is none.
     """
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path}: can't be read: {error}") from error
-    conversations = [_conversation(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    if not conversations:
-        raise UserError(f"--prompts {path}: there is no prompt in it.")
-    return conversations
-
-
-def _conversation(path: str, number: int, line: str) -> Messages:
-    if not path.endswith((".jsonl", ".json")):
-        return [{"role": "user", "content": line}]
-    try:
-        row = json.loads(line)
-        return row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
-    except (ValueError, KeyError, TypeError) as error:
+    run = RunDir(storage.absolute(path))
+    if not storage.is_local(run.path):
         raise UserError(
-            f"--prompts {path}, line {number}: a JSON object with prompt or messages is wanted ({error})."
-        ) from error
+            f"--run {path}: copy the run directory to this machine first (config.json and final/ will do)."
+        )
+    config = storage.read_json(run.config)
+    if config is None:
+        raise UserError(f"--run {path}: no run directory (it has no config.json).")
+    if not storage.exists(run.final):
+        raise UserError(
+            f"--run {path}: the run has not finished (no final/). Start the same command again to go on."
+        )
+    return Path(run.final), config
 
 
-def write_answers(conversations: Sequence[Messages], answers: Iterator[str], path: Path) -> None:
-    """JSON lines of messages, the answer the last of them."""
-    with path.open("x", encoding="utf-8") as file:
-        for conversation, answer in zip(conversations, answers, strict=True):
-            messages = [*conversation, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-
-
-class _Streamer:
-    """Decodes tokens as they come, holding back what may still change (half a character, half a word)."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
-        from transformers import TextStreamer
-
-        outer = self
-        self.text = ""
-
-        class Pieces(TextStreamer):
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                outer.text += text
-                write(text)
-
-        self._streamer = Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.put, self.end = self._streamer.put, self._streamer.end
+def _load(name: str, trust_remote_code: bool, device: str) -> Any:
+    where = torch.device(_auto_device() if device == "auto" else device)
+    config = ModelConfig(name=name, trust_remote_code=trust_remote_code)
+    return load_for_generation(config, compute_dtype("auto", where), where)
 
 
 def _auto_device() -> str:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from raytune_ds import checkpoint, storage
 from raytune_ds.check import check
 from raytune_ds.compose import replaced
-from raytune_ds.config import Config
+from raytune_ds.config import Config, ModelConfig
 from raytune_ds.data import prepared
 from raytune_ds.data.order import Order
 from raytune_ds.data.store import Store
@@ -133,3 +133,15 @@ def _roots(run: RunDir, config: Config) -> Iterator[str]:
     for _ in range(FOLDERS_ABOVE):
         folder = folder.rpartition("/")[0]
         yield folder
+
+
+def base_model(path: str) -> ModelConfig:
+    """The model that the run at `path` began with, by a name it can be loaded by; a tiny one is made again if need be.
+
+    Raises:
+        UserError: there is no such run, or what made its tiny model is gone.
+    """
+    config = _config(RunDir(storage.absolute(path)), path)
+    if not config.model.name.startswith("tiny:"):
+        return config.model
+    return check(replaced(config, run={"resume": "auto"})).model

@@ -137,7 +137,7 @@ def test_verbs_say_what_is_wrong(
 
 def test_prompts_from_files(tmp_path: Path) -> None:
     """A prompt a line, or JSON lines with prompt or messages; a bad line is named."""
-    from raytune_ds.generate import read_prompts
+    from raytune_ds.prompts import read_prompts
 
     plain, rows, bad = tmp_path / "p.txt", tmp_path / "p.jsonl", tmp_path / "bad.jsonl"
     plain.write_text("one\n\ntwo\n")

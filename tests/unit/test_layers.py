@@ -36,7 +36,8 @@ ROOMS = """
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
     engines.ds.stage engines.ds.autos engines.ds.config
     engines.choose engines.fill engines engines.adamw engines.ddp engines.fsdp engines.zero
-    checkpoint saver tracking modelcard export loop assignment hooks worker generate evaluate
+    checkpoint saver tracking modelcard export loop assignment hooks worker
+    sampling decode generate prompts terminal evaluate
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
     doctor.cluster doctor.report stopping check
     cluster preflight torchgroup display metrics mailbox rescue rayworker fitting launch
