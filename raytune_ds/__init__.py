@@ -50,6 +50,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
                                        schedulers; a trial, as Ray Tune sees it; leaderboard, page, promotion
     demo/, train, compare              the bundled demo; runs side by side
     trained, verify, steps             what a run was trained on, the proof of it, its rows
+    serving/                           a model behind an OpenAI-compatible address
     verbs/, cli                        the command lines
 
 A row's way from a file to a gradient: `inputs` finds files and formats; `prepare` reads them with Ray Data, and its

@@ -30,6 +30,7 @@ class Answer:
     Attributes:
         prompt: token ids of what is answered.
         ids: token ids of the answer so far, the end token included.
+        ends: the end tokens.
         finish: why it ended; None while it has not.
     """
 
@@ -41,20 +42,22 @@ class Answer:
         ends: frozenset[int],
         generator: torch.Generator,
         write: Callable[[str], None] | None = None,
+        with_special: bool = False,
     ) -> None:
-        """`ends` are the end tokens; `write` is given the text piece by piece."""
+        """`ends` are the end tokens; `write` is given the text piece by piece, special tokens only `with_special`."""
         self.prompt, self.sampling, self.generator = list(prompt), sampling, generator
         self.ids: list[int] = []
         self.finish: Finish | None = None
-        self._tokenizer, self._ends, self._write = tokenizer, ends, write
-        self._stream = DecodeStream([], skip_special_tokens=True)
+        self._tokenizer, self.ends, self._write = tokenizer, ends, write
+        self._skip = not with_special
+        self._stream = DecodeStream([], skip_special_tokens=self._skip)
         self._decoded = ""
         self._shown = 0
         self._end_of_text: int | None = None
 
     @property
     def text(self) -> str:
-        """What is sure to be part of the answer; special tokens are left out."""
+        """What is sure to be part of the answer, without its end token."""
         return self._decoded[: self._shown]
 
     def take(self, token: int) -> None:
@@ -62,8 +65,11 @@ class Answer:
         if self.finish is not None:
             return
         self.ids.append(token)
+        if token in self.ends:
+            self.end("stop")
+            return
         self._decoded += self._stream.step(self._tokenizer._tokenizer, token) or ""
-        if token in self._ends or self._find_stop():
+        if self._find_stop():
             self.end("stop")
         elif len(self.ids) == self.sampling.max_new_tokens:
             self.end("length")
@@ -76,7 +82,8 @@ class Answer:
             return
         if self._end_of_text is None:
             # What the stream holds back of a character that never became whole.
-            whole = str(self._tokenizer.decode(self.ids, skip_special_tokens=True))
+            said = self.ids[:-1] if self.ids and self.ids[-1] in self.ends else self.ids
+            whole = str(self._tokenizer.decode(said, skip_special_tokens=self._skip))
             self._decoded = whole if whole.startswith(self._decoded) else self._decoded
             self._find_stop()
         self._show(len(self._decoded) if self._end_of_text is None else self._end_of_text)
@@ -131,7 +138,7 @@ def decode(
     ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in begun])
     mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in begun])
     rows = [(a.sampling, a.generator, longest - len(ids)) for a, ids in zip(answers, begun, strict=True)]
-    ends = sorted({end for answer in answers for end in answer._ends})
+    ends = sorted({end for answer in answers for end in answer.ends})
     model.generate(
         input_ids=ids_BT.to(model.device),
         attention_mask=mask_BT.to(model.device),

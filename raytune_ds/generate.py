@@ -138,8 +138,16 @@ class Generator:
         sampling: Sampling,
         position: int = 0,
         write: Callable[[str], None] | None = None,
+        with_special: bool = False,
     ) -> Answer:
         """The answer that `run` will write to a prompt, cut where the model's context ends.
+
+        Args:
+            prompt: token ids.
+            sampling: how tokens are chosen.
+            position: tells its random numbers from those of other answers with the same seed.
+            write: is given the text piece by piece, in the thread that runs it.
+            with_special: keeps special tokens in the text, all but the end token: calls of tools are written in them.
 
         Raises:
             UserError: the prompt leaves no room for an answer.
@@ -153,7 +161,7 @@ class Generator:
         if room < sampling.max_new_tokens:
             sampling = Sampling(**{**vars(sampling), "max_new_tokens": room})
         generator = sampling.generator(position, self.model.device)
-        return Answer(self.tokenizer, prompt, sampling, self.ends, generator, write)
+        return Answer(self.tokenizer, prompt, sampling, self.ends, generator, write, with_special)
 
     def run(self, answers: Sequence[Answer], pause: Callable[[], bool] = lambda: False) -> None:
         """Writes answers as one batch; see `decode`."""

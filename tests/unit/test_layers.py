@@ -45,7 +45,9 @@ ROOMS = """
     sweep.influence sweep.report sweep.course sweep.outcome sweep.attempt sweep.trainable sweep.search sweep.schedule
     sweep.board sweep.run sweep.promote sweep.__main__
     demo.run train compare trained verify steps doctor.verb
-    verbs.answers verbs.data verbs.chat verbs.generate verbs.compare verbs.verify verbs.render verbs.doctor verbs.demo
+    serving serving.address serving.asked serving.line serving.replies serving.gate serving.app serving.local
+    verbs.answers verbs.data verbs.chat verbs.generate verbs.serve verbs.compare verbs.verify verbs.render verbs.doctor
+    verbs.demo
     cli __main__
 """.split()
 
@@ -56,7 +58,7 @@ LIGHT = """
     data.values data.conversation data.demonstrations data.preferences data.formats
     data.sources data.readers_lines data.readers_json data.readers data.order data.labels
     network doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
-    doctor.report sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports
+    doctor.report serving.address sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports
 """.split()
 HEAVY = ("torch", "ray", "transformers")
 
