@@ -7,8 +7,8 @@ address    where it listens, and whether a token is needed
 gate       who may come in: token, hosts, size
 app        the addresses
 local      one process that serves, and how it ends
-llm        Ray Serve with vLLM (R)
-limits     which adapters vLLM can serve
+vllm       which adapters vLLM can serve, and what it is told
+rayserve   Ray Serve with vLLM (R)
 
 `transformers serve` (5.23) brings handlers of its own, which don't do here: it answers requests one by one, unless by
 continuous batching, which takes the settings of the first request for all and fails on DeepSeek's attention, whose

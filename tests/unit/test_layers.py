@@ -46,6 +46,7 @@ ROOMS = """
     sweep.board sweep.run sweep.promote sweep.__main__
     demo.run train compare trained verify steps doctor.verb
     serving serving.address serving.asked serving.line serving.replies serving.gate serving.app serving.local
+    serving.vllm serving.rayserve
     verbs.answers verbs.data verbs.chat verbs.generate verbs.serve verbs.compare verbs.verify verbs.render verbs.doctor
     verbs.demo
     cli __main__
@@ -58,7 +59,7 @@ LIGHT = """
     data.values data.conversation data.demonstrations data.preferences data.formats
     data.sources data.readers_lines data.readers_json data.readers data.order data.labels
     network doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
-    doctor.report serving.address sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports
+    doctor.report serving.address serving.vllm sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports
 """.split()
 HEAVY = ("torch", "ray", "transformers")
 
@@ -83,6 +84,7 @@ RESERVED = {
         "sweep.schedule",
         "sweep.board",
         "sweep.run",
+        "serving.rayserve",
     },
     "botocore": {"deploy.spot_aws"},
     "deepspeed": {"engines.zero"},

@@ -1,0 +1,169 @@
+"""What Ray Serve is told to serve a run with vLLM, and which adapters vLLM can serve; loads neither of them.
+
+An adapter is served as it is, on its base model, by the name `MODEL:final` (LoRA multiplexing: Ray fetches the folder
+`final` of the run when that is asked for first, and the base answers to `MODEL`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raytune_ds import storage
+from raytune_ds.errors import UserError
+
+# What vLLM takes for max_lora_rank: `possible_max_ranks` of its LoRAConfig.
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# What `dynamic_lora_loading_path` of ray.serve.llm may begin with (Ray 2.60).
+BUCKETS = ("s3://", "gs://", "abfss://", "azure://")
+_HELPER = "vllm/lora/peft_helper.py"
+_EXPERTS = "vllm-project/vllm pull requests 41384 and 52194"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Something that adapters may have and vLLM can't serve.
+
+    Attributes:
+        what: it is, as people call it.
+        has: whether an adapter_config.json has it.
+        why: what vLLM does with it.
+        source: where that is known from.
+    """
+
+    what: str
+    has: Callable[[Mapping[str, Any]], bool]
+    why: str
+    source: str
+
+
+LIMITS = (
+    Limit("another kind than LoRA", lambda c: c.get("peft_type") != "LORA", "reads LoRA only", _HELPER),
+    Limit("DoRA", lambda c: bool(c.get("use_dora")), "refuses it", _HELPER),
+    Limit("modules_to_save", lambda c: bool(c.get("modules_to_save")), "refuses it", _HELPER),
+    Limit(
+        "biases",
+        lambda c: c.get("bias", "none") != "none" or bool(c.get("lora_bias")),
+        "refuses them",
+        _HELPER,
+    ),
+    Limit(
+        f"a rank above {RANKS[-1]}", lambda c: c.get("r", 0) > RANKS[-1], "refuses it", "vllm/config/lora.py"
+    ),
+    Limit(
+        "rank_pattern or alpha_pattern",
+        lambda c: bool(c.get("rank_pattern") or c.get("alpha_pattern")),
+        "scales all layers by one alpha and rank, so it would answer wrongly",
+        _HELPER,
+    ),
+    Limit(
+        "adapted experts (target_parameters)",
+        lambda c: bool(c.get("target_parameters")),
+        "leaves them out without a word, or stops at their shapes",
+        _EXPERTS,
+    ),
+    Limit(
+        "new or trained tokens (trainable_token_indices)",
+        lambda c: bool(c.get("trainable_token_indices")),
+        "leaves them out, in all but the newest versions",
+        _HELPER,
+    ),
+    Limit("layer_replication", lambda c: bool(c.get("layer_replication")), "leaves it out", _HELPER),
+)
+
+
+def refusals(adapter: Mapping[str, Any]) -> list[str]:
+    """Why vLLM can't serve an adapter, by its adapter_config.json; empty if it can."""
+    return [
+        f"it has {limit.what}, and vLLM {limit.why} ({limit.source})"
+        for limit in LIMITS
+        if limit.has(adapter)
+    ]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for.
+
+    Attributes:
+        name: of the model, as clients call it.
+        folder: an adapter's or a model's, anywhere.
+        max_model_len: tokens of a prompt and its answer; None leaves it to the model.
+        max_concurrency: requests answered at once.
+        trust_remote_code: as `model.trust_remote_code`.
+    """
+
+    name: str
+    folder: str
+    max_model_len: int | None
+    max_concurrency: int
+    trust_remote_code: bool = False
+
+
+def settings(wanted: Wanted) -> dict[str, Any]:
+    """The arguments of `ray.serve.llm.LLMConfig`.
+
+    Raises:
+        UserError: vLLM can't serve it.
+    """
+    engine: dict[str, Any] = {"max_num_seqs": wanted.max_concurrency}
+    if wanted.max_model_len:
+        engine["max_model_len"] = wanted.max_model_len
+    if wanted.trust_remote_code:
+        engine["trust_remote_code"] = True
+    if ":" in wanted.name:
+        raise UserError(f"--name {wanted.name}: a colon is what tells adapters apart; choose another name.")
+    adapter = storage.read_json(f"{wanted.folder}/adapter_config.json")
+    if adapter is None:
+        return _config(wanted.name, wanted.folder, engine)
+    _check(adapter, wanted.folder)
+    engine |= {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": next(rank for rank in RANKS if rank >= adapter["r"]),
+    }
+    if template := chat_template(wanted.folder):  # or it would be the base's, which training may have changed
+        engine["chat_template"] = template
+    run, _, _ = wanted.folder.rpartition("/")
+    return {
+        **_config(wanted.name, adapter["base_model_name_or_path"], engine),
+        "lora_config": {"dynamic_lora_loading_path": run, "max_num_adapters_per_replica": 1},
+    }
+
+
+def served_names(wanted: Wanted) -> list[str]:
+    """By which names clients call what is served: the tuned model first."""
+    if not storage.exists(f"{wanted.folder}/adapter_config.json"):
+        return [wanted.name]
+    return [f"{wanted.name}:{wanted.folder.rpartition('/')[2]}", wanted.name]
+
+
+def chat_template(folder: str) -> str | None:
+    """Of a tokenizer's directory anywhere."""
+    path = f"{folder}/chat_template.jinja"
+    if storage.exists(path):
+        return storage.read_bytes(path).decode()
+    template = (storage.read_json(f"{folder}/tokenizer_config.json") or {}).get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _check(adapter: Mapping[str, Any], folder: str) -> None:
+    instead = (
+        "Merge it, and serve that: raytune-ds export --run DIR --to merged, then raytune-ds serve --model DIR. "
+        "Or serve it by --engine transformers."
+    )
+    if reasons := refusals(adapter):
+        raise UserError(f"{folder}: vLLM can't serve this adapter: {'; '.join(reasons)}.\n{instead}")
+    if not folder.startswith(BUCKETS):
+        raise UserError(
+            f"{folder}: Ray Serve fetches adapters from {', '.join(BUCKETS)} only, and this one is a local folder. Put "
+            f"the run there, and name it so: --run {BUCKETS[0]}BUCKET/RUN.\n{instead}"
+        )
+
+
+def _config(name: str, source: str, engine: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model_loading_config": {"model_id": name, "model_source": source},
+        "engine_kwargs": engine,
+    }
