@@ -158,6 +158,27 @@ def decode(
     )
 
 
+@torch.inference_mode()
+def ignores_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model answers the same with padding in front, which is tried.
+
+    Attention that compresses several tokens into one, as DeepSeek-V4's, does not: padding falls in with what is read.
+    """
+    read = [token for token in range(3 * _TRIED) if token != tokenizer.pad_token_id][-_TRIED:]
+    ids_BT = torch.tensor([[tokenizer.pad_token_id] * _TRIED + read], device=model.device)
+    mask_BT = torch.tensor([[0] * _TRIED + [1] * _TRIED], device=model.device)
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    padded_V = (
+        model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT).logits[0, -1].float()
+    )
+    alone_V = model(input_ids=ids_BT[:, _TRIED:]).logits[0, -1].float()
+    return bool((padded_V - alone_V).abs().max() < 0.1 * alone_V.std())
+
+
+_TRIED = 9
+"""Tokens read, and of padding; no number by which attention is likely to cut."""
+
+
 class _EachRow(StoppingCriteria):
     """Gives every answer its token; rows end as their answers do."""
 

@@ -18,7 +18,7 @@ from raytune_ds.data.chat import ChatTemplate
 from raytune_ds.data.formats import Example, RowError
 from raytune_ds.data.literal import Literals
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
-from raytune_ds.decode import Answer, decode
+from raytune_ds.decode import Answer, decode, ignores_padding
 from raytune_ds.errors import UserError
 from raytune_ds.model.load import compute_dtype, load_for_generation
 from raytune_ds.rundir import RunDir
@@ -164,9 +164,26 @@ class Generator:
         return Answer(self.tokenizer, prompt, sampling, self.ends, generator, write, with_special)
 
     def run(self, answers: Sequence[Answer], pause: Callable[[], bool] = lambda: False) -> None:
-        """Writes answers as one batch; see `decode`."""
+        """Writes answers as one batch, or as one for each length where the model can't be padded; see `decode`."""
+        paused = False
+
+        def pauses() -> bool:
+            nonlocal paused
+            paused = pause()
+            return paused
+
         with contextlib.nullcontext() if self._adapted else self.model.disable_adapter():
-            decode(self.model, self.tokenizer, answers, pause)
+            for batch in self._batches(answers):
+                if not paused:
+                    decode(self.model, self.tokenizer, batch, pauses)
+
+    def _batches(self, answers: Sequence[Answer]) -> list[list[Answer]]:
+        by_length: dict[int, list[Answer]] = {}
+        for answer in answers:
+            by_length.setdefault(len(answer.prompt) + len(answer.ids), []).append(answer)
+        if len(by_length) == 1 or self._ignores_padding:
+            return [list(answers)]
+        return list(by_length.values())
 
     def answer(
         self, conversations: Sequence[Messages], sampling: Sampling, batch_size: int = 16, first: int = 0
@@ -199,6 +216,10 @@ class Generator:
         answer = self.ask(self.prompt_ids(conversation), sampling, write=write)
         self.run([answer])
         return answer.text
+
+    @cached_property
+    def _ignores_padding(self) -> bool:
+        return ignores_padding(self.model, self.tokenizer)
 
     @cached_property
     def _literals(self) -> Literals:
