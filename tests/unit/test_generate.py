@@ -113,13 +113,16 @@ def test_what_the_model_says_of_sampling_is_not_taken_for_what_was_asked(
     assert next(generator.answer([asked("tea")], Sampling(max_new_tokens=12))) == before
 
 
-def test_the_repetition_penalty_is_that_of_transformers(tuned: Generator) -> None:
-    """Also in a batch in which its row is padded, with the token that is not to be penalised."""
-    expected = plain(tuned.model, tuned.tokenizer, "tea", repetition_penalty=1.8)
-    free = plain(tuned.model, tuned.tokenizer, "tea")
+def test_the_repetition_penalty_is_that_of_transformers(adapter: Path, tuned: Generator) -> None:
+    """Also in a batch in which its row is padded, by a token that is not to be penalised."""
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    free = plain(tuned.model, tokenizer, "tea")
+    expected = plain(tuned.model, tokenizer, "tea", repetition_penalty=1.8)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(expected[0][0])
+    generator = Generator(tuned.model, tokenizer)
     how = Sampling(max_new_tokens=12, repetition_penalty=1.8)
-    first, _ = answers = [tuned.ask(tuned.prompt_ids(asked(q)), how) for q in QUESTIONS[:2]]
-    tuned.run(answers)
+    first, _ = answers = [generator.ask(generator.prompt_ids(asked(q)), how) for q in QUESTIONS[:2]]
+    generator.run(answers)
     assert first.ids == expected[0] != free[0]
 
 
@@ -240,6 +243,13 @@ def test_the_first_stop_text_counts(tiny_tokenizer: Any) -> None:
     ids = tiny_tokenizer("one two three four")["input_ids"]
     assert answer_of(tiny_tokenizer, ids, pieces, stop=("three", "two", "ee")).text == "one "
     assert "".join(pieces) == "one "
+
+
+def test_what_may_become_a_stop_text_is_held_back(tiny_tokenizer: Any) -> None:
+    pieces: list[str] = []
+    ids = [tiny_tokenizer(letter)["input_ids"][0] for letter in "abcabd"]
+    assert answer_of(tiny_tokenizer, ids, pieces, stop=("abd", "zz")).text == "abc"
+    assert pieces == ["abc"]
 
 
 def test_prompts_are_what_training_has_in_front_of_answers(tuned: Generator) -> None:
