@@ -26,6 +26,10 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+# Looked for behind every token.
+_Stop = Annotated[str, Field(max_length=200)]
+
+
 class _StreamOptions(_Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -61,7 +65,7 @@ class Asked(_Strict):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
 

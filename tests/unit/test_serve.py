@@ -84,6 +84,7 @@ def refused(response: Any) -> tuple[int, str]:
         ({"max_tokens": 0}, "max_tokens: "),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": ""}, "stop = "),
+        ({"stop": "x" * 201}, "stop"),
         ({"messages": []}, "messages: "),
         ({"messages": [{"role": "nobody", "content": "x"}]}, "unknown role"),
         (
@@ -124,7 +125,8 @@ def test_what_changes_nothing_is_taken(client: TestClient, more: dict[str, Any])
 
 
 def test_requests_that_are_none(client: TestClient) -> None:
-    assert refused(client.post(URL, content="{", headers={"content-type": "application/json"}))[0] == 400
+    for text in ("{", "[]", "", json.dumps(body(messages=asked("\ud800"))), "[" * 10_000):
+        assert refused(client.post(URL, content=text, headers={"content-type": "application/json"}))[0] == 400
     assert (
         refused(client.post(URL, content=json.dumps(body()), headers={"content-type": "text/plain"}))[0]
         == 415
