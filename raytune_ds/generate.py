@@ -46,7 +46,7 @@ class Generator:
             UserError: it is no finished run, or its base model is gone.
         """
         final, config = finished(path)
-        return Generator.of_directory(final, config["model"]["trust_remote_code"], device)
+        return _of(final, ModelConfig(trust_remote_code=config["model"]["trust_remote_code"]), device)
 
     @staticmethod
     def of_directory(path: Path, trust_remote_code: bool = False, device: str = "auto") -> Generator:
@@ -60,13 +60,7 @@ class Generator:
             raise UserError(
                 f"{path}: neither an adapter nor a model (it has no adapter_config.json or config.json)."
             )
-        base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(path)
-        model = _load(base, trust_remote_code, device)
-        if adapter.exists():
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, str(path)).eval()
-        return Generator(model, load_tokenizer(TokenizerSpec(str(path), None, trust_remote_code)))
+        return _of(path, ModelConfig(trust_remote_code=trust_remote_code), device)
 
     @property
     def has_adapter(self) -> bool:
@@ -83,14 +77,15 @@ class Generator:
         Raises:
             UserError: it can't be loaded.
         """
-        if self.has_adapter:
-            return Generator(self.model, self.tokenizer, adapted=False)
+        name = self.model.active_peft_config.base_model_name_or_path if self.has_adapter else name
         assert name is not None
-        model = _load(name, trust_remote_code, self.model.device.type)
-        if len(self.tokenizer) <= model.get_input_embeddings().num_embeddings:
-            return Generator(model, self.tokenizer)
+        own = load_tokenizer(TokenizerSpec(name, self.tokenizer.chat_template, trust_remote_code))
         # Tokens that training added mean nothing to it.
-        return Generator(model, load_tokenizer(TokenizerSpec(name, None, trust_remote_code)))
+        tokenizer = self.tokenizer if len(own) == len(self.tokenizer) else own
+        if self.has_adapter:
+            return Generator(self.model, tokenizer, adapted=False)
+        config = ModelConfig(name=name, trust_remote_code=trust_remote_code)
+        return Generator(_load(config, self.model.device.type), tokenizer)
 
     @property
     def context(self) -> int:
@@ -251,9 +246,33 @@ def finished(path: str) -> tuple[Path, dict[str, Any]]:
     return Path(run.final), config
 
 
-def _load(name: str, trust_remote_code: bool, device: str) -> Any:
+def _of(path: Path, config: ModelConfig, device: str) -> Generator:
+    """An adapter on the base model that it names, or a whole model; `config` says how it is loaded."""
+    tokenizer = load_tokenizer(TokenizerSpec(str(path), None, config.trust_remote_code))
+    adapter = path / "adapter_config.json"
+    if not adapter.exists():
+        return Generator(_load(config.model_copy(update={"name": str(path)}), device), tokenizer)
+    from peft import PeftModel
+
+    base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    model = _load(config.model_copy(update={"name": base}), device)
+    _grow(model, len(tokenizer))
+    return Generator(PeftModel.from_pretrained(model, str(path)).eval(), tokenizer)
+
+
+def _grow(model: Any, num_tokens: int) -> None:
+    """Makes room for tokens whose rows the adapter brings; where it is left out they are never the likeliest."""
+    rows = model.get_input_embeddings().num_embeddings
+    if num_tokens <= rows:
+        return
+    model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.weight[rows:] = module.weight[:rows].mean(0)
+
+
+def _load(config: ModelConfig, device: str) -> Any:
     where = torch.device(_auto_device() if device == "auto" else device)
-    config = ModelConfig(name=name, trust_remote_code=trust_remote_code)
     return load_for_generation(config, compute_dtype("auto", where), where)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -305,6 +305,30 @@ def test_an_adapter_is_compared_with_its_own_weights(
     assert list(before.answer(conversations, how)) == theirs
     peft = PeftModel.from_pretrained(base, str(adapter))
     assert list(tuned.answer(conversations, how)) == [plain(peft, after, q)[1] for q in QUESTIONS] != theirs
+
+
+def test_tokens_that_training_added_are_unknown_to_the_base(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """The adapter brings their rows; the base reads the word in pieces, as it always did."""
+    base, tokenizer = (
+        kind.from_pretrained(tiny_models["qwen2"]) for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    theirs = plain(base, tokenizer, "take glimepiride")[1]
+    tokenizer.add_tokens(["glimepiride"])
+    base.resize_token_embeddings(len(tokenizer))
+    torch.manual_seed(3)
+    config = LoraConfig(
+        r=4, target_modules=["o_proj"], init_lora_weights=False, modules_to_save=["embed_tokens", "lm_head"]
+    )
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    peft = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
+    tuned = Generator.of_directory(tmp_path, device="cpu")
+    asks, how = [asked("take glimepiride")], Sampling(12)
+    assert len(tuned.base().prompt_ids(asks[0])) > len(tuned.prompt_ids(asks[0]))
+    assert next(tuned.base().answer(asks, how)) == theirs
+    assert next(tuned.answer(asks, how)) == plain(peft, tokenizer, "take glimepiride")[1] != theirs
 
 
 def test_generate_writes_both_answers_in_order_and_goes_on(
