@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,12 @@ class Generator:
         return list(by_length.values())
 
     def answer(
-        self, conversations: Sequence[Messages], sampling: Sampling, batch_size: int = 16, first: int = 0
+        self,
+        conversations: Sequence[Messages],
+        sampling: Sampling,
+        batch_size: int = 16,
+        first: int = 0,
+        watch: Callable[[Sequence[Answer]], None] = lambda _: None,
     ) -> Iterator[str]:
         """The answer to each conversation, in order; end token and special tokens left out.
 
@@ -192,6 +197,7 @@ class Generator:
             sampling: how tokens are chosen; with a seed, each conversation has random numbers of its own.
             batch_size: how many are answered at once.
             first: the place of the first conversation in a list that is answered in parts.
+            watch: is shown each batch behind every token.
         """
         for start in range(0, len(conversations), batch_size * self.WINDOW):
             asked = conversations[start : start + batch_size * self.WINDOW]
@@ -201,7 +207,8 @@ class Generator:
             ]
             by_length = sorted(answers, key=lambda answer: len(answer.prompt), reverse=True)
             for begin in range(0, len(by_length), batch_size):
-                self.run(by_length[begin : begin + batch_size])
+                batch = by_length[begin : begin + batch_size]
+                self.run(batch, partial(_watched, watch, batch))
             yield from (answer.text for answer in answers)
 
     WINDOW = 8
@@ -223,6 +230,12 @@ class Generator:
     @cached_property
     def _template(self) -> ChatTemplate:
         return ChatTemplate(self.tokenizer)
+
+
+def _watched(watch: Callable[[Sequence[Answer]], None], batch: Sequence[Answer]) -> bool:
+    """Shows a batch, which never pauses."""
+    watch(batch)
+    return False
 
 
 def finished(path: str) -> tuple[Path, dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_ds.console import ProgressLine
+from raytune_ds.decode import Answer
 from raytune_ds.errors import UserError
 
 Messages = Sequence[dict[str, Any]]
@@ -82,12 +83,34 @@ def write_answers(
     An answer is a mapping of what else its line says, of which `tuned` is the answer: `{"base": ..., "tuned": ...}`
     keeps both, and `{"tuned": ...}` alone says nothing more than the messages.
     """
-    total, started = len(conversations), time.monotonic()
-    with path.open("a", encoding="utf-8") as file, ProgressLine("answers", total) as progress:
-        for number, (conversation, answer) in enumerate(zip(conversations[done:], answers, strict=True), 1):
+    with path.open("a", encoding="utf-8") as file:
+        for conversation, answer in zip(conversations[done:], answers, strict=True):
             messages = [*conversation, {"role": "assistant", "content": answer["tuned"]}]
             both = dict(answer) if len(answer) > 1 else {}
             file.write(json.dumps({"messages": messages, **both}, ensure_ascii=False) + "\n")
             file.flush()
-            rate = number / max(time.monotonic() - started, 1e-9)
-            progress.update(done + number, f"{done + number} of {total}  {rate:.2f} answers/s")
+
+
+class Meter:
+    """How far a list of prompts is, and how fast; an answer under way counts by its share of the longest."""
+
+    def __init__(self, line: ProgressLine, total: int) -> None:
+        """`total` answers are wanted."""
+        self._line, self._total, self._started = line, total, time.monotonic()
+        self._answers = self._tokens = 0
+        self._batch: Sequence[Answer] = ()
+
+    def watch(self, batch: Sequence[Answer]) -> None:
+        """Sees a batch behind every token."""
+        if batch is not self._batch:
+            self._answers += len(self._batch)
+            self._tokens += _tokens(self._batch)
+            self._batch = batch
+        share = sum(1.0 if a.finish else len(a.ids) / a.sampling.max_new_tokens for a in batch)
+        ended = self._answers + sum(a.finish is not None for a in batch)
+        rate = (self._tokens + _tokens(batch)) / max(time.monotonic() - self._started, 1e-9)
+        self._line.update(self._answers + share, f"{ended} of {self._total}  {rate:.0f} tokens/s")
+
+
+def _tokens(batch: Sequence[Answer]) -> int:
+    return sum(len(answer.ids) for answer in batch)

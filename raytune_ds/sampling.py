@@ -95,9 +95,12 @@ class RowSampler(LogitsProcessor):
             (sampling, sampling.warpers() if sampling.temperature else None, generator, padding)
             for sampling, generator, padding in rows
         ]
+        self._are_plain = all(s.temperature == 0 and s.repetition_penalty == 1 for s, _, _ in rows)
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         """Scores whose likeliest token is the one to take."""
+        if self._are_plain:
+            return scores
         return torch.cat(
             [self._chosen(row, input_ids[i : i + 1], scores[i : i + 1]) for i, row in enumerate(self._rows)]
         )

@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raytune_ds.console import out, say
+from raytune_ds.console import ProgressLine, out, say
 from raytune_ds.errors import UserError
 from raytune_ds.verbs.answers import add_model, add_sampling, base, generator, sampling, user
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from raytune_ds.decode import Answer
     from raytune_ds.generate import Generator
     from raytune_ds.prompts import Messages
     from raytune_ds.sampling import Sampling
@@ -38,7 +39,7 @@ def add(verb: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from raytune_ds.prompts import answered, read_prompts, write_answers
+    from raytune_ds.prompts import Meter, answered, read_prompts, write_answers
 
     conversations = read_prompts(arguments.prompts) if arguments.prompts else [user(arguments.prompt)]
     output = _output(arguments)
@@ -52,8 +53,12 @@ def run(arguments: argparse.Namespace) -> int:
     tuned = generator(arguments)
     before = base(arguments, tuned)
     if output:
-        answers = _answers(tuned, before, conversations[done:], how, arguments.batch_size, done)
-        write_answers(conversations, answers, output, done)
+        rest = conversations[done:]
+        total = len(rest) * (1 if before is None else 2)
+        with ProgressLine("answers", total) as line:
+            watch = Meter(line, total).watch
+            answers = _answers(tuned, before, rest, how, arguments.batch_size, done, watch)
+            write_answers(conversations, answers, output, done)
         say(f"{len(conversations) - done} answers written to {arguments.output}")
     else:
         _print(tuned, before, conversations, how, arguments)
@@ -84,13 +89,14 @@ def _answers(
     how: Sampling,
     batch_size: int,
     first: int,
+    watch: Callable[[Sequence[Answer]], None] = lambda _: None,
 ) -> Iterator[dict[str, str]]:
     """What is written of each conversation: `tuned`, and `base` if it was asked too."""
-    after = tuned.answer(conversations, how, batch_size, first)
+    after = tuned.answer(conversations, how, batch_size, first, watch)
     if before is None:
         yield from ({"tuned": answer} for answer in after)
         return
-    bases = before.answer(conversations, how, batch_size, first)
+    bases = before.answer(conversations, how, batch_size, first, watch)
     yield from ({"base": old, "tuned": new} for old, new in zip(bases, after, strict=True))
 
 
