@@ -50,7 +50,8 @@ class Answer:
         self.finish: Finish | None = None
         self._tokenizer, self.ends, self._write = tokenizer, ends, write
         self._skip = not with_special
-        self._stream = DecodeStream([], skip_special_tokens=self._skip)
+        # A tokenizer without a fast one inside decodes all of the answer again for each token.
+        self._stream = DecodeStream([], skip_special_tokens=self._skip) if tokenizer.is_fast else None
         self._decoded = ""
         self._shown = 0
         self._end_of_text: int | None = None
@@ -68,7 +69,7 @@ class Answer:
         if token in self.ends:
             self.end("stop")
             return
-        self._decoded += self._stream.step(self._tokenizer._tokenizer, token) or ""
+        self._read(token)
         if self._find_stop():
             self.end("stop")
         elif len(self.ids) == self.sampling.max_new_tokens:
@@ -82,12 +83,21 @@ class Answer:
             return
         if self._end_of_text is None:
             # What the stream holds back of a character that never became whole.
-            said = self.ids[:-1] if self.ids and self.ids[-1] in self.ends else self.ids
-            whole = str(self._tokenizer.decode(said, skip_special_tokens=self._skip))
+            whole = self._whole()
             self._decoded = whole if whole.startswith(self._decoded) else self._decoded
             self._find_stop()
         self._show(len(self._decoded) if self._end_of_text is None else self._end_of_text)
         self.finish = why
+
+    def _read(self, token: int) -> None:
+        if self._stream is not None:
+            self._decoded += self._stream.step(self._tokenizer._tokenizer, token) or ""
+        elif not (whole := self._whole()).endswith("\ufffd"):  # half a character
+            self._decoded = whole
+
+    def _whole(self) -> str:
+        said = self.ids[:-1] if self.ids and self.ids[-1] in self.ends else self.ids
+        return str(self._tokenizer.decode(said, skip_special_tokens=self._skip))
 
     def _find_stop(self) -> bool:
         """Whether a stop text has come; what comes first counts."""

@@ -227,13 +227,24 @@ def answer_of(tokenizer: Any, ids: list[int], pieces: list[str], **how: Any) -> 
     return answer
 
 
-def test_streamed_pieces_are_the_text_whatever_the_tokens(tiny_tokenizer: Any) -> None:
+class Slow:
+    """A tokenizer that has no fast one inside."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.decode = tokenizer.decode
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_streamed_pieces_are_the_text_whatever_the_tokens(tiny_tokenizer: Any, is_fast: bool) -> None:
     """Halves of characters, special tokens, bytes that are none: together they are what decoding all at once gives."""
+    tokenizer = tiny_tokenizer if is_fast else Slow(tiny_tokenizer)
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         ids = torch.randint(0, len(tiny_tokenizer), (20,), generator=generator).tolist()
         pieces: list[str] = []
-        answer = answer_of(tiny_tokenizer, ids, pieces)
+        answer = answer_of(tokenizer, ids, pieces)
         assert answer.text == "".join(pieces) == tiny_tokenizer.decode(ids, skip_special_tokens=True)
         assert answer.finish == "length"
 
