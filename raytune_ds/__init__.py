@@ -29,9 +29,9 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
                                        one by one; a page of all that
     world, rundir                      the ranks; the run directory
     watch, downtime, stacks            workers that hang; what a restart costs; the stacks of a process
-    model/                             tiny models, packed attention and losses, weights by ranges; anatomy, targets: what
-                                       a model is made of and which of it is adapted; adapters, initial: peft's adapters,
-                                       and what they begin with; build: the module that is trained, without weights yet
+    model/                             tiny models, packed attention and losses, weights by ranges; what a model is made
+                                       of (anatomy) and which of it is adapted (targets); adapters, and what they begin
+                                       with (initial); build: the module that is trained, without weights yet
     objectives/, engines/              a batch to a loss sum; gradients to an update, and who holds which part
     checkpoint, saver                  checkpoints, of no engine and no world size; taking them while training goes on
     tracking, modelcard, export        what else a run leaves behind
