@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from raytune_ds.command import guarded, parser
-from raytune_ds.verbs import chat, compare, data, demo, doctor, generate, render, verify
+from raytune_ds.verbs import chat, compare, data, demo, doctor, evaluate, generate, render, verify
 
 VERBS = {
     "data": data,
     "chat": chat,
     "generate": generate,
+    "evaluate": evaluate,
     "compare": compare,
     "verify": verify,
     "render": render,

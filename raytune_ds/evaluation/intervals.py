@@ -101,7 +101,9 @@ def resampled(statistic: Statistic, samples: Sequence[Values], seed: int) -> Est
     if all(np.ptp(sample) == 0 for sample in samples):
         return Estimate(value, value, value, n)
     interval = _bootstrap(statistic, samples, seed, "BCa" if n <= BCA_ROWS else "percentile")
-    if not all(map(math.isfinite, interval)):  # BCa has no answer where leaving out any one row changes nothing
+    if not all(
+        map(math.isfinite, interval)
+    ):  # BCa has no answer where leaving out any one row changes nothing
         interval = _bootstrap(statistic, samples, seed, "percentile")
     return Estimate(value, *interval, n)
 

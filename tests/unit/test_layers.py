@@ -36,15 +36,20 @@ ROOMS = """
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
     engines.ds.stage engines.ds.autos engines.ds.config
     engines.choose engines.fill engines engines.adamw engines.ddp engines.fsdp engines.zero
-    checkpoint saver tracking modelcard export loop assignment hooks worker generate evaluate
+    checkpoint saver tracking modelcard export loop assignment hooks worker generate
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
     doctor.cluster doctor.report stopping check
     cluster preflight torchgroup display metrics mailbox rescue rayworker fitting launch
     sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports sweep.fork sweep.leaderboard sweep.plots
     sweep.influence sweep.report sweep.course sweep.outcome sweep.attempt sweep.trainable sweep.search sweep.schedule
     sweep.board sweep.run sweep.promote sweep.__main__
-    demo.run train compare trained verify steps doctor.verb
-    verbs.answers verbs.data verbs.chat verbs.generate verbs.compare verbs.verify verbs.render verbs.doctor verbs.demo
+    trained
+    evaluation evaluation.metrics evaluation.intervals evaluation.items evaluation.losses evaluation.answers evaluation.subject
+    evaluation.scorer evaluation.scoring evaluation.run evaluation.datasets evaluation.comparison evaluation.results
+    evaluation.harness evaluation.card evaluation.report evaluate
+    demo.run train compare verify steps doctor.verb
+    verbs.answers verbs.data verbs.chat verbs.generate verbs.evaluate verbs.compare verbs.verify verbs.render
+    verbs.doctor verbs.demo
     cli __main__
 """.split()
 
@@ -74,6 +79,7 @@ RESERVED = {
         "rayworker",
         "fitting",
         "launch",
+        "evaluation.scoring",
         "sweep.attempt",
         "sweep.trainable",
         "sweep.search",

@@ -1,0 +1,206 @@
+"""Tasks of EleutherAI's lm-eval, by its own library, on the model that is loaded anyway."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy import stats
+
+from raytune_ds.console import say
+from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
+from raytune_ds.errors import UserError
+from raytune_ds.evaluation.comparison import Metric
+from raytune_ds.evaluation.intervals import CONFIDENCE, Estimate
+from raytune_ds.evaluation.items import BASE, TUNED
+from raytune_ds.evaluation.subject import Subject, playing
+
+_NO_STDERR = "N/A"
+"""As lm-eval writes it."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What lm-eval found.
+
+    Attributes:
+        value: of the metric.
+        stderr: its standard error; None if it has none.
+        n: documents.
+    """
+
+    value: float
+    stderr: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task's figures by side and metric, and the version of the task."""
+
+    name: str
+    version: str
+    figures: Mapping[str, Mapping[str, Figure]]
+    higher_is_better: Mapping[str, bool]
+
+
+def require() -> None:
+    """Raises UserError where lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--tasks: lm-eval is not installed; pip install 'raytune_ds[lm-eval]'.")
+
+
+def check(tasks: Sequence[str], include_path: str | None) -> None:
+    """Whether there are such tasks.
+
+    Raises:
+        UserError: naming those that there are not.
+    """
+    require()
+    with _quiet():
+        manager = _manager(include_path)
+        unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        hint = "" if include_path else " Tasks of your own are found with --include-path DIR."
+        raise UserError(
+            f"--tasks {','.join(unknown)}: lm-eval knows no such task; `lm-eval ls tasks` lists them.{hint}"
+        )
+
+
+def run(
+    subjects: Sequence[Subject],
+    tokenizer: TokenizerSpec,
+    tasks: Sequence[str],
+    include_path: str | None,
+    limit: int | None,
+    batch_size: int,
+    seed: int,
+) -> list[Task]:
+    """Every task with every side.
+
+    Args:
+        subjects: the models.
+        tokenizer: of the trained one.
+        tasks: names, groups of tasks too.
+        include_path: a folder of tasks of one's own.
+        limit: documents of each task.
+        batch_size: documents at a time.
+        seed: of the examples that are shown to the model, where a task has some.
+
+    Raises:
+        UserError: a task's data can't be had.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for subject in subjects:
+        model = subject.load()
+        for side in subject.sides:
+            say(f"lm-eval: {', '.join(tasks)} with the {side} model ...")
+            with playing(model, side), _quiet():
+                found[side] = _evaluate(
+                    model, load_tokenizer(tokenizer), tasks, include_path, limit, batch_size, seed
+                )
+        del model
+    return [_task(name, found) for name in found[TUNED]["results"]]
+
+
+def _evaluate(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    include_path: str | None,
+    limit: int | None,
+    batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    try:
+        found = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            task_manager=_manager(include_path),
+            limit=limit,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--tasks {','.join(tasks)}: lm-eval: {type(error).__name__}: {error}") from error
+    assert found is not None  # on the first rank, and there is no other
+    return dict(found)
+
+
+def _manager(include_path: str | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+def _task(name: str, found: Mapping[str, dict[str, Any]]) -> Task:
+    whole = found[TUNED]
+    return Task(
+        name,
+        str(whole["versions"].get(name, "")),
+        {
+            side: dict(_figures(one["results"][name], one["n-samples"].get(name, {})))
+            for side, one in found.items()
+        },
+        {key: value is not False for key, value in whole["higher_is_better"].get(name, {}).items()},
+    )
+
+
+def _figures(results: Mapping[str, Any], samples: Mapping[str, int]) -> Iterator[tuple[str, Figure]]:
+    """lm-eval calls them `acc,none` and `acc_stderr,none`, behind the comma the filter of the answers."""
+    for key, value in results.items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, float | int):
+            continue
+        stderr = results.get(f"{metric}_stderr,{filtered}", _NO_STDERR)
+        name = metric if filtered == "none" else f"{metric} ({filtered})"
+        n = int(results.get("sample_len") or samples.get("effective", 0))
+        yield name, Figure(float(value), None if stderr == _NO_STDERR else float(stderr), n)
+
+
+def metrics(task: Task) -> tuple[Metric, ...]:
+    """With intervals from lm-eval's standard errors; that of a difference takes both sides for independent."""
+    return tuple(_metric(task, name) for name in task.figures[TUNED])
+
+
+def _metric(task: Task, name: str) -> Metric:
+    tuned, base = task.figures[TUNED][name], task.figures.get(BASE, {}).get(name)
+    less = not task.higher_is_better.get(name.partition(" ")[0], True)
+    if base is None:
+        return Metric(name, _estimate(tuned.value, tuned.stderr, tuned.n), less_is_better=less)
+    errors = (tuned.stderr, base.stderr)
+    together = None if None in errors else math.hypot(*(error or 0.0 for error in errors))
+    return Metric(
+        name,
+        _estimate(tuned.value, tuned.stderr, tuned.n),
+        _estimate(base.value, base.stderr, base.n),
+        _estimate(tuned.value - base.value, together, tuned.n),
+        less_is_better=less,
+    )
+
+
+def _estimate(value: float, stderr: float | None, n: int) -> Estimate:
+    half = math.inf if stderr is None else float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * stderr
+    return Estimate(value, value - half, value + half, n)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval tells a page."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
