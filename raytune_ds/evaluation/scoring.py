@@ -7,7 +7,6 @@ from typing import Any
 
 import ray
 import ray.data
-from ray.exceptions import RayError
 
 from raytune_ds.data.stream import quiet
 from raytune_ds.data.tokenizer import TokenizerSpec
@@ -49,13 +48,10 @@ def over_ray(
         num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0,
         num_cpus=1,
     )
-    try:
-        for row in dataset.iter_rows():
-            yield row["number"], from_json(row["outcomes"])
-    except RayError as error:
-        if (mistake := _mistake(error)) is not None:
-            raise mistake from error
-        raise
+    for row in dataset.iter_rows():
+        if row["mistake"]:
+            raise UserError(row["mistake"])
+        yield row["number"], from_json(row["outcomes"])
 
 
 def _block(batch: list[dict[str, Any]]) -> Any:
@@ -65,21 +61,25 @@ def _block(batch: list[dict[str, Any]]) -> Any:
 
 
 class _Worker:
-    """A Scorer as Ray Data calls it."""
+    """A Scorer as Ray Data calls it. Mistakes are told as rows: of an actor that fails Ray hands on a text only."""
 
     def __init__(self, subject: Subject, tokenizer: TokenizerSpec, ends: Collection[int]) -> None:
-        self._scorer = Scorer(subject, tokenizer, ends)
+        self._mistake = ""
+        try:
+            self._scorer = Scorer(subject, tokenizer, ends)
+        except UserError as error:
+            self._mistake = str(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        scored = self._scorer.score([Item.from_json(text) for text in batch["item"]])
-        return {"number": batch["number"], "outcomes": [to_json(outcomes) for outcomes in scored]}
-
-
-def _mistake(error: BaseException) -> UserError | None:
-    """The UserError of a worker that Ray has wrapped, however often."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, UserError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return None
+        outcomes = [""] * len(batch["number"])
+        if not self._mistake:
+            try:
+                scored = self._scorer.score([Item.from_json(text) for text in batch["item"]])
+                outcomes = list(map(to_json, scored))
+            except UserError as error:
+                self._mistake = str(error)
+        return {
+            "number": batch["number"],
+            "outcomes": outcomes,
+            "mistake": [self._mistake] * len(outcomes),
+        }
