@@ -16,6 +16,7 @@ from raytune_ds.errors import UserError
 from raytune_ds.evaluation import card, harness, results
 from raytune_ds.evaluation.comparison import compared, verdict
 from raytune_ds.evaluation.datasets import DataSet, Role, from_file, held_out
+from raytune_ds.evaluation.harness import Task, Tasks
 from raytune_ds.evaluation.items import Outcome
 from raytune_ds.evaluation.report import show
 from raytune_ds.evaluation.results import Measured
@@ -101,14 +102,15 @@ def measure(path: str, wish: Wish, debug: bool = False) -> Report:
     """
     run, config = RunDir(storage.absolute(path)), finished(path)
     results.read(run)  # a damaged file is told of before the work
-    if wish.tasks:
-        harness.check(wish.tasks, wish.include_path)
+    tasks = Tasks.find(wish.tasks, wish.include_path) if wish.tasks else None
     spec = TokenizerSpec(run.final, None, config.model.trust_remote_code)
     sets = _data_sets(path, config, load_tokenizer(spec), wish)
     models = subjects(run.path, config, wish.with_base)
     found = _outcomes(models, spec, sets, wish, debug)
     measured = [_measured(one, rows, wish) for one, rows in zip(sets, found, strict=True)]
-    measured += _tasks(models, spec, wish)
+    if tasks is not None:
+        figures = harness.run(models, spec, tasks, wish.limit, wish.batch_size, wish.seed)
+        measured += [_of_task(task, wish) for task in figures]
     results.write_answers(run, list(zip(sets, found, strict=True)))
     together = results.write(run, config.model.name, measured, _versions())
     card.update(f"{run.final}/README.md", run.name, together)
@@ -118,6 +120,9 @@ def measure(path: str, wish: Wish, debug: bool = False) -> Report:
 def _data_sets(path: str, config: Config, tokenizer: Any, wish: Wish) -> list[DataSet]:
     files: list[tuple[str, Role]] = [(file, "data") for file in wish.data]
     files += [(file, "general") for file in wish.general]
+    given = [file for file, _ in files]
+    if twice := [file for file in given if given.count(file) > 1]:
+        raise UserError(f"{twice[0]}: is named twice; a set is either --data or --general.")
     sets = [from_file(file, role, config, tokenizer, wish.limit, wish.max_new_tokens) for file, role in files]
     own = _own_split(path, wish, is_needed=not (sets or wish.tasks))
     return _named(([own] if own is not None else []) + sets)
@@ -182,16 +187,8 @@ def _measured(data: DataSet, rows: Sequence[dict[str, Outcome]], wish: Wish) -> 
     )
 
 
-def _tasks(models: Sequence[Subject], tokenizer: TokenizerSpec, wish: Wish) -> list[Measured]:
-    if not wish.tasks:
-        return []
-    tasks = harness.run(
-        models, tokenizer, wish.tasks, wish.include_path, wish.limit, wish.batch_size, wish.seed
-    )
-    return [
-        Measured(task.name, "task", "", task.version, harness.metrics(task), _settings(wish))
-        for task in tasks
-    ]
+def _of_task(task: Task, wish: Wish) -> Measured:
+    return Measured(task.name, "task", "", task.version, harness.metrics(task), _settings(wish))
 
 
 def _settings(wish: Wish) -> dict[str, Any]:

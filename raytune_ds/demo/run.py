@@ -109,9 +109,9 @@ def _show(results: dict[str, Result], reports: dict[str, Report]) -> None:
     asked, recalled = (reports["lora"].of(name) for name in (HELD_OUT, RECALL))
     before = [_percent(one.metric("exact_match").base) for one in (asked, recalled)]
     loss = results["lora"].progress["first_eval_loss"]
+    asked_of = (len(list(rows)) for rows in (held_out_rows(), recall_rows()))
     table(
-        f"{len(list(held_out_rows()))} questions in phrasings never trained on, and {len(list(recall_rows()))} general "
-        "ones; exact match with 95 % confidence intervals",
+        "{} questions in phrasings never trained on, {} general ones".format(*asked_of),
         ["", "exact match", "loss", "general", "trained", "time", "memory", "saved"],
         [
             ["before", before[0], f"{loss:.3f}", before[1], "-", "-", "-", "-"],
@@ -119,7 +119,8 @@ def _show(results: dict[str, Result], reports: dict[str, Report]) -> None:
         ],
     )
     say(
-        "trained: parameters; time: in training steps; memory: at the peak, a worker; saved: in final/",
+        "in brackets: 95 % confidence intervals; trained: parameters; time: in training steps; memory: at the peak, a "
+        "worker; saved: in final/",
         style="dim",
     )
     for name, key in (("LoRA", "lora"), ("full", "full")):
@@ -152,4 +153,4 @@ def _exact(measured: Measured) -> Estimate:
 
 def _percent(share: Estimate | None) -> str:
     assert share is not None  # the base is measured
-    return f"{100 * share.value:.1f}% ({100 * share.low:.1f} to {100 * share.high:.1f})"
+    return f"{100 * share.value:.1f}% ({100 * share.low:.0f}–{100 * share.high:.0f})"

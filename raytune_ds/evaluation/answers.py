@@ -27,7 +27,11 @@ class Answer:
 
 @torch.inference_mode()
 def answers(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], ends: Collection[int], max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    ends: Collection[int],
+    limits: Sequence[int],
 ) -> list[Answer]:
     """The likeliest token each time.
 
@@ -36,7 +40,7 @@ def answers(
         tokenizer: decodes.
         prompts: token ids.
         ends: each of these tokens ends an answer, beside those of the model's own generation config.
-        max_new_tokens: the longest answer.
+        limits: tokens of the longest answer to each prompt.
     """
     ends = sorted({*ends, *_own_ends(model)})
     longest = max(map(len, prompts))
@@ -53,11 +57,12 @@ def answers(
         top_p=None,
         top_k=None,
         num_beams=1,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max(limits),
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else _FILLER,
     )
-    return [_answer(tokenizer, row, ends) for row in output_BT[:, longest:].tolist()]
+    written = output_BT[:, longest:].tolist()
+    return [_answer(tokenizer, ids[:limit], ends) for ids, limit in zip(written, limits, strict=True)]
 
 
 def _own_ends(model: Any) -> list[int]:

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from scipy import stats
@@ -49,45 +50,55 @@ class Task:
     higher_is_better: Mapping[str, bool]
 
 
-def require() -> None:
-    """Raises UserError where lm-eval is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("--tasks: lm-eval is not installed; pip install 'raytune_ds[lm-eval]'.")
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that there are.
 
-
-def check(tasks: Sequence[str], include_path: str | None) -> None:
-    """Whether there are such tasks.
-
-    Raises:
-        UserError: naming those that there are not.
+    Attributes:
+        names: of them, and of groups of tasks.
+        manager: lm-eval's own, which has read the files of all tasks and takes seconds for that.
     """
-    require()
-    with _quiet():
-        manager = _manager(include_path)
-        unknown = [name for name in tasks if not manager.match_tasks([name])]
-    if unknown:
-        hint = "" if include_path else " Tasks of your own are found with --include-path DIR."
-        raise UserError(
-            f"--tasks {','.join(unknown)}: lm-eval knows no such task; `lm-eval ls tasks` lists them.{hint}"
-        )
+
+    names: tuple[str, ...]
+    manager: Any
+
+    @staticmethod
+    def find(names: Sequence[str], include_path: str | None) -> Tasks:
+        """Looks for them in what comes with lm-eval, and in a folder of one's own.
+
+        Raises:
+            UserError: lm-eval is not installed, or there are no such tasks.
+        """
+        if importlib.util.find_spec("lm_eval") is None:
+            raise UserError("--tasks: lm-eval is not installed; pip install 'raytune_ds[lm-eval]'.")
+        if include_path is not None and not Path(include_path).is_dir():
+            raise UserError(f"--include-path {include_path}: there is no such folder.")
+        from lm_eval.tasks import TaskManager
+
+        with _quiet():
+            manager = TaskManager(include_path=include_path)
+        if unknown := [name for name in names if not manager.match_tasks([name])]:
+            hint = "" if include_path else " Tasks of your own are found with --include-path DIR."
+            raise UserError(
+                f"--tasks {','.join(unknown)}: lm-eval knows no such task; `lm-eval ls tasks` lists them.{hint}"
+            )
+        return Tasks(tuple(names), manager)
 
 
 def run(
     subjects: Sequence[Subject],
     tokenizer: TokenizerSpec,
-    tasks: Sequence[str],
-    include_path: str | None,
+    tasks: Tasks,
     limit: int | None,
     batch_size: int,
     seed: int,
 ) -> list[Task]:
-    """Every task with every side.
+    """Every task with every side, in this process.
 
     Args:
         subjects: the models.
         tokenizer: of the trained one.
-        tasks: names, groups of tasks too.
-        include_path: a folder of tasks of one's own.
+        tasks: to run.
         limit: documents of each task.
         batch_size: documents at a time.
         seed: of the examples that are shown to the model, where a task has some.
@@ -99,23 +110,15 @@ def run(
     for subject in subjects:
         model = subject.load()
         for side in subject.sides:
-            say(f"lm-eval: {', '.join(tasks)} with the {side} model ...")
+            say(f"lm-eval: {', '.join(tasks.names)} with the {side} model ...")
             with playing(model, side), _quiet():
-                found[side] = _evaluate(
-                    model, load_tokenizer(tokenizer), tasks, include_path, limit, batch_size, seed
-                )
+                found[side] = _evaluate(model, load_tokenizer(tokenizer), tasks, limit, batch_size, seed)
         del model
     return [_task(name, found) for name in found[TUNED]["results"]]
 
 
 def _evaluate(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    include_path: str | None,
-    limit: int | None,
-    batch_size: int,
-    seed: int,
+    model: Any, tokenizer: Any, tasks: Tasks, limit: int | None, batch_size: int, seed: int
 ) -> dict[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -123,8 +126,8 @@ def _evaluate(
     try:
         found = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=list(tasks),
-            task_manager=_manager(include_path),
+            tasks=list(tasks.names),
+            task_manager=tasks.manager,
             limit=limit,
             log_samples=False,
             random_seed=seed,
@@ -133,15 +136,10 @@ def _evaluate(
             fewshot_random_seed=seed,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--tasks {','.join(tasks)}: lm-eval: {type(error).__name__}: {error}") from error
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"--tasks {','.join(tasks.names)}: lm-eval: {what}") from error
     assert found is not None  # on the first rank, and there is no other
     return dict(found)
-
-
-def _manager(include_path: str | None) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=include_path)
 
 
 def _task(name: str, found: Mapping[str, dict[str, Any]]) -> Task:

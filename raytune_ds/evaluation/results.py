@@ -95,7 +95,9 @@ def read(run: RunDir) -> list[Measured]:
         UserError: the file is damaged.
     """
     try:
-        values = storage.read_json(path_of(run)) or {"data_sets": {}}
+        values = storage.read_json(path_of(run)) or {"version": VERSION, "data_sets": {}}
+        if values["version"] != VERSION:
+            raise ValueError(f"its version is {values['version']}, not {VERSION}")
         return [Measured.from_json(name, one) for name, one in values["data_sets"].items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

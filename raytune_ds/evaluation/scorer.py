@@ -55,9 +55,8 @@ class Scorer:
     def _answers(self, asked: Sequence[Item]) -> list[Any]:
         if not asked:
             return []
-        longest = max(item.max_new_tokens for item in asked)
-        prompts = [item.prompt for item in asked]
-        return answers(self._model, self._tokenizer, prompts, self._ends, longest)
+        prompts, limits = [item.prompt for item in asked], [item.max_new_tokens for item in asked]
+        return answers(self._model, self._tokenizer, prompts, self._ends, limits)
 
     @staticmethod
     def _outcome(item: Item, sums: list[tuple[float, float]], said: Any) -> Outcome:

@@ -141,15 +141,17 @@ def test_answers_in_a_batch_are_those_of_each_alone(run: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
     prompts = [list(range(5, 30)), [7, 8], list(range(50, 60))]
-    together = answers(model, tokenizer, prompts, [], 12)
-    assert together == [answers(model, tokenizer, [prompt], [], 12)[0] for prompt in prompts]
+    limits = [12, 5, 12]
+    together = answers(model, tokenizer, prompts, [], limits)
+    alone = [answers(model, tokenizer, [p], [], [n])[0] for p, n in zip(prompts, limits, strict=True)]
+    assert together == alone
     assert all(answer.is_cut_off for answer in together)
     # Any token can be an end: what is said then stops before it.
     with torch.no_grad():
         second = model.generate(input_ids=torch.tensor([prompts[0]]), max_new_tokens=2, do_sample=False)[
             0, -1
         ].item()
-    (ended,) = answers(model, tokenizer, prompts[:1], [second], 12)
+    (ended,) = answers(model, tokenizer, prompts[:1], [second], [12])
     assert not ended.is_cut_off
     assert together[0].text.startswith(ended.text)
     assert len(ended.text) < len(together[0].text)
@@ -415,6 +417,10 @@ def test_mistakes_are_told_in_a_line(
     assert "no run directory" in refused(capsys, "--run", str(tmp_path / "nowhere"))
     assert "no such file" in refused(capsys, "--run", str(own_run), "--data", str(tmp_path / "row.jsonl"))
     assert "--data FILE" in refused(capsys, "--run", str(own_run)), "there is nothing to measure it on"
+    twice = ("--data", str(rows), "--general", str(rows))
+    assert "is named twice" in refused(capsys, "--run", str(own_run), *twice)
+    (own_run / "evaluation.json").write_text('{"version": 0, "data_sets": {}}')
+    assert "another version" in refused(capsys, "--run", str(own_run), "--data", str(rows))
     (own_run / "evaluation.json").write_text("{")
     assert "is damaged" in refused(capsys, "--run", str(own_run), "--data", str(rows))
     (own_run / "final").rename(tmp_path / "elsewhere")
