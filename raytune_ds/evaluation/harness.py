@@ -17,7 +17,7 @@ from raytune_ds.console import say
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 from raytune_ds.errors import UserError
 from raytune_ds.evaluation.comparison import Metric
-from raytune_ds.evaluation.intervals import CONFIDENCE, Estimate
+from raytune_ds.evaluation.intervals import CONFIDENCE, Estimate, rate, risen
 from raytune_ds.evaluation.items import BASE, TUNED
 from raytune_ds.evaluation.subject import Subject, playing
 
@@ -168,29 +168,26 @@ def _figures(results: Mapping[str, Any], samples: Mapping[str, int]) -> Iterator
 
 
 def metrics(task: Task) -> tuple[Metric, ...]:
-    """With intervals from lm-eval's standard errors; that of a difference takes both sides for independent."""
+    """With intervals from lm-eval's standard errors; those of differences take both sides for independent."""
     return tuple(_metric(task, name) for name in task.figures[TUNED])
 
 
 def _metric(task: Task, name: str) -> Metric:
-    tuned, base = task.figures[TUNED][name], task.figures.get(BASE, {}).get(name)
     less = not task.higher_is_better.get(name.partition(" ")[0], True)
-    if base is None:
-        return Metric(name, _estimate(tuned.value, tuned.stderr, tuned.n), less_is_better=less)
-    errors = (tuned.stderr, base.stderr)
-    together = None if None in errors else math.hypot(*(error or 0.0 for error in errors))
-    return Metric(
-        name,
-        _estimate(tuned.value, tuned.stderr, tuned.n),
-        _estimate(base.value, base.stderr, base.n),
-        _estimate(tuned.value - base.value, together, tuned.n),
-        less_is_better=less,
-    )
+    tuned = _estimate(task.figures[TUNED][name])
+    if BASE not in task.figures:
+        return Metric(name, tuned, less_is_better=less)
+    base = _estimate(task.figures[BASE][name])
+    return Metric(name, tuned, base, risen(base, tuned), less_is_better=less)
 
 
-def _estimate(value: float, stderr: float | None, n: int) -> Estimate:
-    half = math.inf if stderr is None else float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * stderr
-    return Estimate(value, value - half, value + half, n)
+def _estimate(figure: Figure) -> Estimate:
+    if (
+        figure.stderr == 0 and figure.value in (0, 1) and figure.n
+    ):  # not that nothing else could have come out
+        return rate(round(figure.value * figure.n), figure.n)
+    half = math.inf if figure.stderr is None else float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * figure.stderr
+    return Estimate(figure.value, figure.value - half, figure.value + half, figure.n)
 
 
 @contextlib.contextmanager

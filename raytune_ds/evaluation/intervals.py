@@ -76,15 +76,22 @@ def share(values: Values, seed: int) -> Estimate:
 def share_difference(before: Values, after: Values, seed: int) -> Estimate:
     """How much the mean of values from 0 to 1 has risen, both of the same rows.
 
-    Where it has risen by the same in each row, the two intervals are combined as Newcombe (1998, method 10) does.
+    Where it has risen by the same in each row, the intervals of both are combined, which `risen` does.
     """
     if np.ptp(after - before) > 0:
         return resampled(_mean_difference, [before, after], seed)
-    old, new = share(before, seed), share(after, seed)
-    value = new.value - old.value
-    low = value - math.hypot(new.value - new.low, old.high - old.value)
-    high = value + math.hypot(new.high - new.value, old.value - old.low)
-    return Estimate(value, low, high, len(before))
+    return risen(share(before, seed), share(after, seed))
+
+
+def risen(before: Estimate, after: Estimate) -> Estimate:
+    """A difference from the intervals of two estimates, as if they were independent.
+
+    It is Newcombe's (1998, method 10) for two rates, and of two symmetric intervals the usual root of squares.
+    """
+    value = after.value - before.value
+    low = value - math.hypot(after.value - after.low, before.high - before.value)
+    high = value + math.hypot(after.high - after.value, before.value - before.low)
+    return Estimate(value, low, high, after.n)
 
 
 def resampled(statistic: Statistic, samples: Sequence[Values], seed: int) -> Estimate:

@@ -17,8 +17,10 @@ from raytune_ds.data.order import Place
 from raytune_ds.errors import UserError
 from raytune_ds.evaluate import Wish, measure
 from raytune_ds.evaluation.answers import answers, without_reasoning
-from raytune_ds.evaluation.comparison import compared, verdict
+from raytune_ds.evaluation.comparison import Metric, compared, verdict
 from raytune_ds.evaluation.datasets import SPARE_TOKENS, from_file, held_out
+from raytune_ds.evaluation.harness import Figure, Task
+from raytune_ds.evaluation.harness import metrics as task_metrics
 from raytune_ds.evaluation.items import BASE, TUNED, Item, Outcome, TokenSequence, from_json, to_json
 from raytune_ds.evaluation.losses import losses
 from raytune_ds.evaluation.metrics import score
@@ -509,3 +511,24 @@ def _accuracy(run: Path, side: str, questions: list[dict[str, Any]]) -> float:
             found = losses(model, [sequence(*ids, supervised=len(ids) - len(asked)) for ids in whole])
             right += question["gold"] == min(range(2), key=lambda n: found[n][0])
     return right / len(questions)
+
+
+def test_figures_of_lm_eval_by_hand() -> None:
+    """The usual root of squares; where all documents are right there is still an interval; none without an error."""
+
+    def metric(base: Figure, tuned: Figure) -> Metric:
+        sides = {BASE: {"acc": base}, TUNED: {"acc": tuned}}
+        (found,) = task_metrics(Task("days", "1", sides, {"acc": True}))
+        return found
+
+    usual = metric(Figure(0.5, 0.03, 200), Figure(0.7, 0.04, 200))
+    assert usual.difference is not None
+    assert usual.difference.low == pytest.approx(0.2 - 1.96 * 0.05, abs=1e-4)
+    assert usual.is_better
+    clear = metric(Figure(0.9, 0.1, 10), Figure(1.0, 0.0, 10))
+    assert clear.tuned.low < 0.75
+    assert not clear.is_better
+    assert not metric(Figure(0.1, None, 10), Figure(0.9, None, 10)).is_better
+    (less,) = task_metrics(Task("t", "1", {TUNED: {"ppl": Figure(3.0, 0.1, 5)}}, {"ppl": False}))
+    assert less.less_is_better
+    assert less.difference is None
