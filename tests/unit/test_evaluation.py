@@ -25,7 +25,7 @@ from raytune_ds.evaluation.items import BASE, TUNED, Item, Outcome, TokenSequenc
 from raytune_ds.evaluation.losses import losses
 from raytune_ds.evaluation.metrics import score
 from raytune_ds.evaluation.subject import Subject, finished, playing, subjects
-from raytune_ds.model import attention
+from raytune_ds.model import attention, tiny
 from tests.helpers import write_jsonl
 from tests.runs import finished_run
 from tests.stores import write_store
@@ -72,12 +72,13 @@ def read(path: Path, run: Path, *overrides: str, **how: Any) -> Any:
 # ---- losses ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "llama", "deepseek-v2", "deepseek-v3"])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_losses_are_those_of_plain_transformers(tiny_models: dict[str, Path], architecture: str) -> None:
     """Packed together, each sequence has the loss that it has alone, and the model is as it was afterwards."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_models[architecture], attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(tiny_models[architecture]).eval()
+    before = model.config._attn_implementation
     given = [
         sequence(*range(5, 25), supervised=7),
         sequence(*range(40, 43), supervised=3),  # the first is no target
@@ -91,7 +92,7 @@ def test_losses_are_those_of_plain_transformers(tiny_models: dict[str, Path], ar
         expected = -(probabilities.gather(1, ids[0, 1:, None])[:, 0] * weights).sum()
         assert loss == pytest.approx(float(expected), rel=1e-5)
         assert weight == pytest.approx(float(weights.sum()))
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == before
 
 
 def test_a_model_that_takes_no_packs_reads_them_one_by_one(

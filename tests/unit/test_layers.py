@@ -45,8 +45,8 @@ ROOMS = """
     sweep.board sweep.run sweep.promote sweep.__main__
     trained
     evaluation evaluation.metrics evaluation.intervals evaluation.items evaluation.losses evaluation.answers
-    evaluation.subject evaluation.scorer evaluation.scoring evaluation.run evaluation.datasets evaluation.comparison evaluation.results
-    evaluation.harness evaluation.card evaluation.report evaluate
+    evaluation.subject evaluation.scorer evaluation.scoring evaluation.run evaluation.datasets evaluation.comparison
+    evaluation.results evaluation.harness evaluation.card evaluation.report evaluate
     demo.run train compare verify steps doctor.verb
     verbs.answers verbs.data verbs.chat verbs.generate verbs.evaluate verbs.compare verbs.verify verbs.render
     verbs.doctor verbs.demo
