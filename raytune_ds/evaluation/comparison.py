@@ -133,10 +133,11 @@ def shown(estimate: Estimate | None, sign: str = "") -> str:
     if estimate is None:
         return "-"
     low, high = (_number(end, sign) for end in (estimate.low, estimate.high))
-    return f"{_number(estimate.value, sign)} ({low} to {high})"
+    return f"{_number(estimate.value, sign)} [{low}, {high}]"
 
 
 def _number(value: float, sign: str) -> str:
     if not math.isfinite(value):
         return "?"
-    return f"{value:{sign}.4f}" if abs(value) < 100 else f"{value:{sign},.1f}"
+    decimals = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 0
+    return f"{value:{sign}.{decimals}f}"

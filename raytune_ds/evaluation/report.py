@@ -22,14 +22,11 @@ def show(measured: Sequence[Measured], unfit: Sequence[str]) -> None:
         warn(f"left out: {reason}")
     if len(unfit) > SHOWN_UNFIT:
         warn(f"left out: {len(unfit) - SHOWN_UNFIT:,} more rows")
-    with_base = any(metric.base for one in measured for metric in one.metrics)
-    table(
-        "with 95 % confidence intervals; green: the tuned model is better beyond noise, red: worse"
-        if with_base
-        else "with 95 % confidence intervals",
-        ["data", "metric", "n", *(["base", "tuned", "difference"] if with_base else ["tuned"])],
-        [_row(one, metric, with_base) for one in measured for metric in one.metrics],
-        [_style(metric) for one in measured for metric in one.metrics],
+    for one in measured:
+        _figures(one)
+    say(
+        "in brackets: 95 % confidence intervals; green: better than the base beyond noise, red: worse",
+        style="dim",
     )
     for one in measured:
         for side, number in one.num_cut_off.items():
@@ -43,11 +40,22 @@ def show(measured: Sequence[Measured], unfit: Sequence[str]) -> None:
             say(one.verdict)
 
 
-def _row(one: Measured, metric: Metric, with_base: bool) -> list[str]:
-    start, tuned = [one.name, metric.name, f"{metric.tuned.n:,}"], shown(metric.tuned)
+def _figures(one: Measured) -> None:
+    with_base = any(metric.base for metric in one.metrics)
+    n = max(metric.tuned.n for metric in one.metrics)
+    table(
+        f"{one.name}, {n:,} rows",
+        ["", *(["base", "tuned", "difference"] if with_base else ["tuned"])],
+        [_row(metric, with_base) for metric in one.metrics],
+        [_style(metric) for metric in one.metrics],
+    )
+
+
+def _row(metric: Metric, with_base: bool) -> list[str]:
+    tuned = shown(metric.tuned)
     if not with_base:
-        return [*start, tuned]
-    return [*start, shown(metric.base), tuned, shown(metric.difference, sign="+")]
+        return [metric.name, tuned]
+    return [metric.name, shown(metric.base), tuned, shown(metric.difference, sign="+")]
 
 
 def _style(metric: Metric) -> str | None:
