@@ -11,12 +11,15 @@ import torch
 import yaml
 
 from raytune_ds.cli import main
+from raytune_ds.data.tokenizer import TokenizerSpec
 from raytune_ds.errors import UserError
 from raytune_ds.evaluate import Wish, measure
 from raytune_ds.evaluation.answers import answers, without_reasoning
 from raytune_ds.evaluation.items import BASE, TUNED, Item, TokenSequence
 from raytune_ds.evaluation.losses import losses
 from raytune_ds.evaluation.metrics import score
+from raytune_ds.evaluation.run import outcomes
+from raytune_ds.evaluation.scorer import Scorer
 from raytune_ds.evaluation.subject import Subject, finished, playing, subjects
 from raytune_ds.model import attention, tiny
 from tests.helpers import write_jsonl
@@ -143,6 +146,27 @@ def test_answers_in_a_batch_are_those_of_each_alone(run: Path) -> None:
     assert len(ended.text) < len(together[0].text)
 
 
+def test_each_row_has_its_own_outcome(run: Path) -> None:
+    """Rows are sorted by length on their way, and come back as they were; whatever is beside them in a batch."""
+    spec = TokenizerSpec(str(run / "final"))
+    subject = Subject(str(run), (BASE, TUNED))
+    items = [
+        Item(
+            [sequence(*range(5, 5 + n), supervised=n // 2)], list(range(20, 20 + n)) if n % 2 else [], "x", 4
+        )
+        for n in (6, 9, 4, 15, 5, 12, 7)
+    ]
+    together = outcomes(subject, spec, [], items, num_workers=0, batch_size=3)
+    scorer = Scorer(subject, spec, [])
+    for item, found in zip(items, together, strict=True):
+        (alone,) = scorer.score([item])
+        assert {side: one.answer for side, one in found.items()} == {
+            s: one.answer for s, one in alone.items()
+        }
+        assert found[TUNED].loss == pytest.approx(alone[TUNED].loss, rel=1e-5)
+        assert (found[TUNED].answer is None) == (not item.prompt)
+
+
 def test_reasoning_is_not_compared() -> None:
     assert without_reasoning("because of it</think>\n\nSeven").strip() == "Seven"
     assert without_reasoning("<think>it is</think>Seven") == "Seven"
@@ -202,6 +226,7 @@ def test_a_second_evaluation_adds_or_replaces_and_loses_nothing(
         one["dataset"]["name"] for one in yaml.safe_load(text.split("---")[1])["model-index"][0]["results"]
     ]
     assert names == ["rows.jsonl", "other.jsonl"]
+    assert text.count("type: exact_match") == 2, "metadata are replaced, too"
 
 
 def test_two_files_of_one_name_are_told_apart(own_run: Path, rows: Path, tmp_path: Path) -> None:
@@ -264,9 +289,6 @@ def test_a_base_that_is_gone_is_told_of_with_the_way_round(
 
 
 def test_tokens_that_the_base_does_not_know(run: Path, tiny_models: dict[str, Path]) -> None:
-    from raytune_ds.data.tokenizer import TokenizerSpec
-    from raytune_ds.evaluation.scorer import Scorer
-
     scorer = Scorer(Subject(str(run), (TUNED,)), TokenizerSpec(str(run / "final")), [])
     with pytest.raises(UserError, match="--no-base"):
         scorer.score([Item([sequence(1, 99999, supervised=1)])])

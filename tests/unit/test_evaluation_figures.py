@@ -27,11 +27,6 @@ def sequence(*ids: int, supervised: int) -> TokenSequence:
     return TokenSequence(list(ids), [0.0] * (len(ids) - supervised) + [1.0] * supervised)
 
 
-@pytest.fixture
-def own_run(tmp_path: Path, tiny_models: dict[str, Path]) -> Path:
-    return finished_run(tmp_path, tiny_models["qwen2"])
-
-
 def outcomes(base: list[float], tuned: list[float], weight: float = 2.0) -> list[dict[str, Outcome]]:
     return [{BASE: Outcome(b, weight), TUNED: Outcome(t, weight)} for b, t in zip(base, tuned, strict=True)]
 
@@ -40,7 +35,7 @@ def test_losses_are_per_token_and_compared_row_by_row() -> None:
     rows = [
         {BASE: Outcome(8.0, 2.0), TUNED: Outcome(4.0, 2.0)},
         {BASE: Outcome(9.0, 3.0), TUNED: Outcome(3.0, 3.0)},
-        {BASE: Outcome(1.0, 1.0), TUNED: Outcome(1.0, 1.0)},
+        {BASE: Outcome(1.0, 1.0), TUNED: Outcome(2.0, 1.0)},
     ]
     loss, perplexity = compared(rows, seed=0)
     assert (loss.base, loss.tuned) != (None, None)
@@ -48,13 +43,13 @@ def test_losses_are_per_token_and_compared_row_by_row() -> None:
     assert loss.difference is not None
     assert perplexity.difference is not None
     assert loss.base.value == pytest.approx(18 / 6)
-    assert loss.tuned.value == pytest.approx(8 / 6)
-    assert loss.difference.value == pytest.approx(-10 / 6)
+    assert loss.tuned.value == pytest.approx(9 / 6)
+    assert loss.difference.value == pytest.approx(-9 / 6)
     assert loss.tuned.n == 3
     e = 2.718281828
-    assert perplexity.tuned.value == pytest.approx(e ** (8 / 6))
+    assert perplexity.tuned.value == pytest.approx(e ** (9 / 6))
     assert perplexity.tuned.high == pytest.approx(e**loss.tuned.high)
-    assert perplexity.difference.value == pytest.approx(e ** (8 / 6) - e**3)
+    assert perplexity.difference.value == pytest.approx(e ** (9 / 6) - e**3)
 
 
 def test_answers_are_counted_where_they_were_asked() -> None:
@@ -102,12 +97,17 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().err
 
 
-def test_a_task_of_lm_eval(own_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_task_of_lm_eval(
+    tmp_path: Path, tiny_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     """A task of the user's own on a local file, both sides; the accuracy is that of the log-likelihoods."""
     pytest.importorskip("lm_eval")
-    questions = [
-        {"q": f"How many is {n}?", "choices": ["Seven", "Eight days"], "gold": n % 2} for n in range(8)
-    ]
+    own_run = finished_run(tmp_path, tiny_models["qwen2"], strength=30)  # or both would choose alike
+    words = ["A", "B", "C", "D", "E"]
+    choices = [[a, b] for a in words for b in words if a < b]
+    asked = [{"q": f"How many is {n}?", "choices": pair} for n, pair in enumerate(choices)]
+    right = _chosen(own_run, BASE, asked)
+    questions = [question | {"gold": gold} for question, gold in zip(asked, right, strict=True)]
     write_jsonl(tmp_path / "docs.jsonl", questions)
     tasks = tmp_path / "tasks"
     tasks.mkdir()
@@ -134,19 +134,21 @@ def test_a_task_of_lm_eval(own_run: Path, tmp_path: Path, capsys: pytest.Capture
     accuracy = found["metrics"]["acc"]
     assert found["role"] == "task"
     assert found["fingerprint"] == "1.0"
-    assert accuracy["tuned"]["n"] == 8
-    assert accuracy["tuned"]["value"] == _accuracy(own_run, TUNED, questions)
-    assert accuracy["base"]["value"] == _accuracy(own_run, BASE, questions)
+    assert accuracy["tuned"]["n"] == len(questions)
+    assert accuracy["base"]["value"] == 1
+    same = sum(a == b for a, b in zip(right, _chosen(own_run, TUNED, asked), strict=True))
+    assert accuracy["tuned"]["value"] == same / len(questions)
+    assert same < len(questions), "the two sides differ"
     assert accuracy["tuned"]["low"] < accuracy["tuned"]["value"] < accuracy["tuned"]["high"]
 
 
-def _accuracy(run: Path, side: str, questions: list[dict[str, Any]]) -> float:
-    """How often the right choice is the likelier one, by our own losses."""
+def _chosen(run: Path, side: str, questions: list[dict[str, Any]]) -> list[int]:
+    """Which choice is the likelier one, by our own losses."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
     (subject,) = subjects(str(run), finished(str(run)), with_base=True)
-    model, right = subject.load(), 0
+    model, chosen = subject.load(), []
     with playing(model, side):
         for question in questions:
             asked = tokenizer(question["q"], add_special_tokens=False)["input_ids"]
@@ -155,8 +157,8 @@ def _accuracy(run: Path, side: str, questions: list[dict[str, Any]]) -> float:
                 for c in question["choices"]
             ]
             found = losses(model, [sequence(*ids, supervised=len(ids) - len(asked)) for ids in whole])
-            right += question["gold"] == min(range(2), key=lambda n: found[n][0])
-    return right / len(questions)
+            chosen.append(min(range(2), key=lambda n: found[n][0]))
+    return chosen
 
 
 def test_figures_of_lm_eval_by_hand() -> None:
