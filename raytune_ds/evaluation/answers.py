@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from raytune_ds.data.thinking import CLOSE
+from raytune_ds.model.load import attends_causally
 
 _FILLER = 0
 """Stands where the mask hides it."""
@@ -43,6 +44,32 @@ def answers(
         limits: tokens of the longest answer to each prompt.
     """
     ends = sorted({*ends, *_own_ends(model)})
+    found: dict[int, Answer] = {}
+    for group in _groups(model, prompts):
+        chosen, most = [prompts[row] for row in group], [limits[row] for row in group]
+        written = _generated(model, chosen, ends, max(most))
+        for row, ids, limit in zip(group, written, most, strict=True):
+            found[row] = _answer(tokenizer, ids[:limit], ends)
+    return [found[row] for row in range(len(prompts))]
+
+
+def _groups(model: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The rows that can be answered together: all of them, or those of one length.
+
+    Attention that is more than causal may not ignore padding: DeepSeek-V4's compresses it together with what is read.
+    """
+    if attends_causally(model.config):
+        return [list(range(len(prompts)))]
+    groups: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(len(prompt), []).append(row)
+    return list(groups.values())
+
+
+def _generated(
+    model: Any, prompts: Sequence[list[int]], ends: Sequence[int], max_new_tokens: int
+) -> list[list[int]]:
+    """What is written behind each prompt, end tokens and all."""
     longest = max(map(len, prompts))
     ids_BT = torch.full((len(prompts), longest), _FILLER)
     mask_BT = torch.zeros_like(ids_BT)
@@ -57,12 +84,11 @@ def answers(
         top_p=None,
         top_k=None,
         num_beams=1,
-        max_new_tokens=max(limits),
-        eos_token_id=ends or None,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(ends) or None,
         pad_token_id=ends[0] if ends else _FILLER,
     )
-    written = output_BT[:, longest:].tolist()
-    return [_answer(tokenizer, ids[:limit], ends) for ids, limit in zip(written, limits, strict=True)]
+    return list(output_BT[:, longest:].tolist())
 
 
 def _own_ends(model: Any) -> list[int]:

@@ -14,7 +14,7 @@ from raytune_ds.cli import main
 from raytune_ds.data.tokenizer import TokenizerSpec
 from raytune_ds.errors import UserError
 from raytune_ds.evaluate import Wish, measure
-from raytune_ds.evaluation.answers import answers, without_reasoning
+from raytune_ds.evaluation.answers import Answer, answers, without_reasoning
 from raytune_ds.evaluation.items import BASE, TUNED, Item, TokenSequence
 from raytune_ds.evaluation.losses import losses
 from raytune_ds.evaluation.metrics import score
@@ -123,27 +123,35 @@ def test_a_full_run_loads_its_base_behind_the_tuned_model(
 # ---- answers ---------------------------------------------------------------------------------------
 
 
-def test_answers_in_a_batch_are_those_of_each_alone(run: Path) -> None:
-    (subject,) = subjects(str(run), finished(str(run)), with_base=False)
-    model = subject.load()
-    from transformers import AutoTokenizer
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_answers_in_a_batch_are_those_of_each_alone(tiny_models: dict[str, Path], architecture: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(run / "final")
-    prompts = [list(range(5, 30)), [7, 8], list(range(50, 60))]
-    limits = [12, 5, 12]
+    model = AutoModelForCausalLM.from_pretrained(tiny_models[architecture]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models[architecture])
+    prompts = [list(range(5, 30)), [7, 8], list(range(50, 60)), [9, 10]]
+    limits = [12, 5, 12, 12]
     together = answers(model, tokenizer, prompts, [], limits)
     alone = [answers(model, tokenizer, [p], [], [n])[0] for p, n in zip(prompts, limits, strict=True)]
     assert together == alone
-    assert all(answer.is_cut_off for answer in together)
-    # Any token can be an end: what is said then stops before it.
-    with torch.no_grad():
-        second = model.generate(input_ids=torch.tensor([prompts[0]]), max_new_tokens=2, do_sample=False)[
-            0, -1
-        ].item()
-    (ended,) = answers(model, tokenizer, prompts[:1], [second], [12])
-    assert not ended.is_cut_off
-    assert together[0].text.startswith(ended.text)
-    assert len(ended.text) < len(together[0].text)
+
+
+def test_any_token_can_end_an_answer(tiny_models: dict[str, Path]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_models["qwen2"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models["qwen2"])
+
+    def written(prompt: list[int]) -> list[int]:
+        how = {"max_new_tokens": 12, "do_sample": False}
+        with torch.no_grad():
+            return model.generate(input_ids=torch.tensor([prompt]), **how)[0, len(prompt) :].tolist()
+
+    prompts = ([token, token + 1] for token in range(30, 200))
+    prompt, ids = next((p, ids) for p in prompts if len(set(ids := written(p))) > 1)
+    place = next(n for n, token in enumerate(ids) if token != ids[0])
+    (ended,) = answers(model, tokenizer, [prompt], [ids[place]], [12])
+    assert ended == Answer(tokenizer.decode(ids[:place], skip_special_tokens=True).strip(), is_cut_off=False)
 
 
 def test_each_row_has_its_own_outcome(run: Path) -> None:
