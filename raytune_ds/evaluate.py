@@ -107,10 +107,11 @@ def measure(path: str, wish: Wish, debug: bool = False) -> Report:
     sets = _data_sets(path, config, load_tokenizer(spec), wish)
     models = subjects(run.path, config, wish.with_base)
     found = _outcomes(models, spec, sets, wish, debug)
-    measured = [_measured(one, rows, wish) for one, rows in zip(sets, found, strict=True)]
+    settings = _settings(run, wish)
+    measured = [_measured(one, rows, settings) for one, rows in zip(sets, found, strict=True)]
     if tasks is not None:
         figures = harness.run(models, spec, tasks, wish.limit, wish.batch_size, wish.seed)
-        measured += [_of_task(task, wish) for task in figures]
+        measured += [_of_task(task, settings) for task in figures]
     results.write_answers(run, list(zip(sets, found, strict=True)))
     together = results.write(run, config.model.name, measured, _versions())
     card.update(f"{run.final}/README.md", run.name, together)
@@ -171,8 +172,8 @@ def _outcomes(
     return [[next(rows) for _ in one.items] for one in sets]
 
 
-def _measured(data: DataSet, rows: Sequence[dict[str, Outcome]], wish: Wish) -> Measured:
-    metrics = compared(rows, wish.seed)
+def _measured(data: DataSet, rows: Sequence[dict[str, Outcome]], settings: dict[str, Any]) -> Measured:
+    metrics = compared(rows, settings["seed"])
     longest = max((item.max_new_tokens for item in data.items), default=0)
     return Measured(
         data.name,
@@ -180,19 +181,21 @@ def _measured(data: DataSet, rows: Sequence[dict[str, Outcome]], wish: Wish) -> 
         data.path,
         data.fingerprint,
         metrics,
-        _settings(wish) | ({"max_new_tokens": longest, "decoding": "greedy"} if longest else {}),
+        settings | ({"max_new_tokens": longest, "decoding": "greedy"} if longest else {}),
         verdict(data.name, metrics) if data.role == "general" else None,
         num_unfit=len(data.unfit),
         num_cut_off={side: sum(row[side].is_cut_off for row in rows) for side in rows[0]} if longest else {},
     )
 
 
-def _of_task(task: Task, wish: Wish) -> Measured:
-    return Measured(task.name, "task", "", task.version, harness.metrics(task), _settings(wish))
+def _of_task(task: Task, settings: dict[str, Any]) -> Measured:
+    return Measured(task.name, "task", "", task.version, harness.metrics(task), settings)
 
 
-def _settings(wish: Wish) -> dict[str, Any]:
+def _settings(run: RunDir, wish: Wish) -> dict[str, Any]:
+    result = storage.read_json(run.result) or {}
     return {
+        "step": (result.get("progress") or {}).get("step"),
         "limit": wish.limit,
         "batch_size": wish.batch_size,
         "seed": wish.seed,

@@ -62,6 +62,7 @@ def test_workers_of_ray_data_find_what_this_process_finds(trained: Any, tmp_path
     again = [json.loads(line) for line in (Path(path) / "evaluation/answers.jsonl").read_text().splitlines()]
     assert said == again
     assert [row["expected"] for row in said] == [fact["output"] for fact in FACTS[:11]]
+    assert there.of(HELD_OUT).settings["step"] == 12
     loss = there.of(HELD_OUT).metric("loss")
     measured = [row["eval_loss"] for row in metrics(path) if "eval_loss" in row]
     assert loss.base is not None
