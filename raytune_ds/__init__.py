@@ -39,7 +39,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     guard, loop                        steps that go wrong; the training loop
     assignment, hooks, worker          what a worker is told; what its loop sets off; one worker, start to end (no Ray)
     sampling, decode, generate         how tokens are chosen; a batch, token by token; answers of a finished run
-    prompts, terminal, evaluate        files of prompts and answers; answers as a person sees them; scores
+    prompts, terminal                  files of prompts and answers; answers as a person sees them
     network, nodes (R), doctor/        the interface between nodes; a function on each of them; what is wrong
     check, cluster, preflight (R)      what is tried first, of the config and of the cluster; the Ray it runs on
     metrics, torchgroup (R)            the run as Ray metrics; torch's process group
@@ -48,8 +48,10 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     launch (R)                         a config to a finished run
     sweep/ (R)                         many runs that differ in a few settings: space and journal; searchers and
                                        schedulers; a trial, as Ray Tune sees it; leaderboard, page, promotion
+    trained                            what a run was trained on
+    evaluation/ (R), evaluate          losses, answers and tasks of a finished run beside its base, with intervals
     demo/, train, compare              the bundled demo; runs side by side
-    trained, verify, steps             what a run was trained on, the proof of it, its rows
+    verify, steps                      the proof of what a run was trained on, its rows
     serving/                           a model behind an OpenAI-compatible address
     verbs/, cli                        the command lines
 

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from raytune_ds.command import guarded, parser
-from raytune_ds.verbs import chat, compare, data, demo, doctor, generate, render, serve, verify
+from raytune_ds.verbs import chat, compare, data, demo, doctor, evaluate, generate, render, serve, verify
 
 VERBS = {
     "data": data,
     "chat": chat,
     "generate": generate,
     "serve": serve,
+    "evaluate": evaluate,
     "compare": compare,
     "verify": verify,
     "render": render,

@@ -6,6 +6,7 @@ checkpoints/     step-00000120/ ...
 initial/         what the adapter began with, where that was not drawn
 final/           the adapter, or the model
 result.json      how it ended
+evaluation.json  how good it is, once it was evaluated; evaluation/answers.jsonl has the answers
 ds_config.json   what DeepSpeed was really given, where it was the engine
 driver.json      who runs it, while it runs
 hangs/           the stacks of workers that stopped answering

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from raytune_ds.data.formats import RowError
-from raytune_ds.data.job import Job, Tally
+from raytune_ds.data.job import Tally
 from raytune_ds.data.labels import Label
 from raytune_ds.data.template import Encoded
 
 
-def fit(sequences: list[Encoded], job: Job, tally: Tally, raw_text: bool) -> list[Encoded]:
+class Limits(Protocol):
+    """What is done about long sequences, as the config's data section says."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a pack."""
+
+    @property
+    def on_long_row(self) -> str:
+        """`truncate` or `drop`."""
+
+
+def fit(sequences: list[Encoded], limits: Limits, tally: Tally, raw_text: bool) -> list[Encoded]:
     """Sequences that fit a pack: raw text is split, anything else cut or dropped as configured, a pair as one.
 
     Raises:
         RowError: nothing is supervised.
     """
     if any(sequence.label == Label.CHOSEN for sequence in sequences):
-        return _fit_pair(sequences, job, tally)
-    longest = job.seq_len + 1  # the last token is only ever a target
+        return _fit_pair(sequences, limits, tally)
+    longest = limits.seq_len + 1  # the last token is only ever a target
     fitting: list[Encoded] = []
     dropped = 0
     for sequence in sequences:
         if len(sequence.ids) > longest and raw_text:
-            starts = range(0, len(sequence.ids) - 1, job.seq_len)
+            starts = range(0, len(sequence.ids) - 1, limits.seq_len)
             pieces = [sequence.part(start, start + longest) for start in starts]
             fitting += [piece for piece in pieces if piece.num_supervised]
             tally.num_split += 1
         elif len(sequence.ids) > longest:
             cut = sequence.part(0, longest)
-            if job.on_long_row == "truncate" and cut.num_supervised:
+            if limits.on_long_row == "truncate" and cut.num_supervised:
                 tally.num_truncated += 1
                 fitting.append(cut)
             else:
@@ -40,7 +54,7 @@ def fit(sequences: list[Encoded], job: Job, tally: Tally, raw_text: bool) -> lis
     return fitting
 
 
-def _fit_pair(pair: list[Encoded], job: Job, tally: Tally) -> list[Encoded]:
+def _fit_pair(pair: list[Encoded], limits: Limits, tally: Tally) -> list[Encoded]:
     """A pair that fits a pack, whole or with the ends of its answers cut off; nothing if it is dropped.
 
     Raises:
@@ -51,12 +65,12 @@ def _fit_pair(pair: list[Encoded], job: Job, tally: Tally) -> list[Encoded]:
         raise RowError(
             "nothing in one of its answers is trained on: no supervised token is left after rendering"
         )
-    if chosen + rejected <= job.seq_len:
+    if chosen + rejected <= limits.seq_len:
         return pair
-    room = _rooms(chosen, rejected, job.seq_len)
+    room = _rooms(chosen, rejected, limits.seq_len)
     cut = [side.part(0, length + 1) for side, length in zip(pair, room, strict=True)]
     teaches = all(side.num_supervised for side in cut) and cut[0].ids != cut[1].ids
-    if job.on_long_row == "truncate" and teaches:
+    if limits.on_long_row == "truncate" and teaches:
         tally.num_truncated += 1
         return cut
     tally.num_dropped_long += 1

@@ -54,6 +54,13 @@ def general_rows() -> Iterator[dict[str, str]]:
     return _rows(general_facts(), wording.train + wording.held_out, wording.answer)
 
 
+def recall_rows() -> Iterator[dict[str, str]]:
+    """Every general fact in one phrasing that the domain phase never sees: what it should not make forgotten."""
+    wording = phrasings()
+    for number, fact in enumerate(general_facts()):
+        yield from _rows([fact], [wording.held_out[number % len(wording.held_out)]], wording.answer)
+
+
 def domain_rows() -> Iterator[dict[str, str]]:
     """Every prescription fact in the phrasings that are trained on."""
     wording = phrasings()

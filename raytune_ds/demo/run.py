@@ -5,7 +5,8 @@
 2. LoRA teaches it sixty prescription abbreviations, in ten phrasings each.
 3. The same with all parameters, for comparison.
 
-What counts is the exact match on three further phrasings of each fact, which neither was trained on.
+What counts is the exact match on three further phrasings of each fact, which neither was trained on, and on the general
+questions, which neither should have forgotten.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any
 from raytune_ds import storage
 from raytune_ds.compose import compose
 from raytune_ds.console import human_count, human_time, say, table
-from raytune_ds.demo.data import domain_rows, general_rows, held_out_rows, write_rows
-from raytune_ds.evaluate import Score, exact_match
-from raytune_ds.generate import Generator
+from raytune_ds.demo.data import domain_rows, general_rows, held_out_rows, recall_rows, write_rows
+from raytune_ds.evaluate import Report, Wish, measure
+from raytune_ds.evaluation.intervals import Estimate
+from raytune_ds.evaluation.results import Measured
 from raytune_ds.launch import Result, launch
 
 COMMON = [
@@ -58,7 +60,10 @@ FULL = [
 ]
 
 
-def demo(storage_root: str, debug: bool = False) -> dict[str, Score]:
+HELD_OUT, RECALL = "held-out.jsonl", "recall.jsonl"
+
+
+def demo(storage_root: str, debug: bool = False) -> dict[str, Report]:
     """Runs the demo; a second time, finished parts are reused.
 
     Args:
@@ -66,13 +71,18 @@ def demo(storage_root: str, debug: bool = False) -> dict[str, Score]:
         debug: show what the libraries say.
 
     Returns:
-        The exact match of base, lora and full on the held-out phrasings.
+        What was measured of lora and full, and of the base beside each of them.
     """
     root = Path(storage.absolute(storage_root)) / "demo"
-    general, domain, held_out = (
-        root / "data" / f"{name}.jsonl" for name in ("general", "domain", "held-out")
+    general, domain, held_out, recall = (
+        root / "data" / name for name in ("general.jsonl", "domain.jsonl", HELD_OUT, RECALL)
     )
-    for rows, path in ((general_rows(), general), (domain_rows(), domain), (held_out_rows(), held_out)):
+    for rows, path in (
+        (general_rows(), general),
+        (domain_rows(), domain),
+        (held_out_rows(), held_out),
+        (recall_rows(), recall),
+    ):
         write_rows(rows, path)
 
     def run(name: str, title: str, settings: list[str]) -> Result:
@@ -86,29 +96,35 @@ def demo(storage_root: str, debug: bool = False) -> dict[str, Score]:
     lora = run("lora", "2. LoRA on the domain", [*domain_data, *LORA])
     full = run("full", "3. All parameters on the domain, to compare", [*domain_data, *FULL])
 
-    say("\nasking all three models what was never asked in training ...")
-    pairs = [(row["instruction"], row["output"]) for row in held_out_rows()]
-    results = {"base": base, "lora": lora, "full": full}
-    scores = {name: exact_match(Generator.of_run(result.run), pairs) for name, result in results.items()}
-    _show(results, scores)
-    return scores
+    say("\nasking all three models what was never asked in training, and the general questions again ...")
+    # In this process: another one would take longer to start than the questions take.
+    wish = Wish(data=(str(held_out),), general=(str(recall),), batch_size=64, num_workers=0)
+    results = {"lora": lora, "full": full}
+    reports = {name: measure(result.run, wish, debug) for name, result in results.items()}
+    _show(results, reports)
+    return reports
 
 
-def _show(results: dict[str, Result], scores: dict[str, Score]) -> None:
-    before = results["lora"].progress["first_eval_loss"]
+def _show(results: dict[str, Result], reports: dict[str, Report]) -> None:
+    asked, recalled = (reports["lora"].of(name) for name in (HELD_OUT, RECALL))
+    before = [_percent(one.metric("exact_match").base) for one in (asked, recalled)]
+    loss = results["lora"].progress["first_eval_loss"]
+    asked_of = (len(list(rows)) for rows in (held_out_rows(), recall_rows()))
     table(
-        f"{scores['base'].num_questions} questions in phrasings never trained on",
-        ["", "exact match", "loss", "trained", "time", "memory", "saved"],
+        "{} questions in phrasings never trained on, {} general ones".format(*asked_of),
+        ["", "exact match", "loss", "general", "trained", "time", "memory", "saved"],
         [
-            ["before", _percent(scores["base"]), f"{before:.3f}", "-", "-", "-", "-"],
-            ["LoRA", *_row(results["lora"], scores["lora"])],
-            ["full", *_row(results["full"], scores["full"])],
+            ["before", before[0], f"{loss:.3f}", before[1], "-", "-", "-", "-"],
+            *(_row(name, results[key], reports[key]) for name, key in (("LoRA", "lora"), ("full", "full"))),
         ],
     )
     say(
-        "trained: parameters; time: in training steps; memory: at the peak, a worker; saved: in final/",
+        "in brackets: 95 % confidence intervals; trained: parameters; time: in training steps; memory: at the peak, a "
+        "worker; saved: in final/",
         style="dim",
     )
+    for name, key in (("LoRA", "lora"), ("full", "full")):
+        say(f"{name}, {reports[key].of(RECALL).verdict}")
     say(
         f"\nThe model learned what prescriptions say. Ask it: What does b.i.d. mean?\n{_chat(results['lora'])}"
     )
@@ -118,10 +134,12 @@ def _chat(result: Result) -> str:
     return f"  {Path(sys.executable).parent / 'raytune-ds'} chat --run {result.run}"
 
 
-def _row(result: Result, score: Score) -> list[Any]:
+def _row(name: str, result: Result, report: Report) -> list[Any]:
     return [
-        _percent(score),
+        name,
+        _percent(_exact(report.of(HELD_OUT))),
         f"{result.progress['last_eval_loss']:.3f}",
+        _percent(_exact(report.of(RECALL))),
         human_count(result.trainable_parameters),
         human_time(result.progress["seconds"]),
         f"{max(result.peak_memory_mib):,.0f} MiB",
@@ -129,5 +147,10 @@ def _row(result: Result, score: Score) -> list[Any]:
     ]
 
 
-def _percent(score: Score) -> str:
-    return f"{100 * score.exact_match:.1f}%"
+def _exact(measured: Measured) -> Estimate:
+    return measured.metric("exact_match").tuned
+
+
+def _percent(share: Estimate | None) -> str:
+    assert share is not None  # the base is measured
+    return f"{100 * share.value:.1f}% ({100 * share.low:.0f}–{100 * share.high:.0f})"

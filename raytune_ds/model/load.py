@@ -225,7 +225,11 @@ def runs_on_packs(config: ModelConfig) -> bool:
     Raises:
         UserError: there is no such model.
     """
-    model_config = load_config(config)
+    return attends_causally(load_config(config))
+
+
+def attends_causally(model_config: PretrainedConfig) -> bool:
+    """Whether attention is causal attention and no more."""
     kinds = set(getattr(model_config, "layer_types", None) or ())
     more = any(getattr(model_config, name, None) for name in _MORE_THAN_CAUSAL)
     return kinds <= {"full_attention"} and not more

@@ -126,3 +126,14 @@ def test_the_module_imports_without_the_heavy_libraries():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_each_general_fact_is_recalled_in_a_phrasing_that_the_domain_phase_never_sees() -> None:
+    rows, facts, held_out = list(data.recall_rows()), data.general_facts(), data.phrasings().held_out
+    assert [row["output"] for row in rows] == [fact.meaning for fact in facts]
+    assert not set(questions(rows)) & set(questions(data.domain_rows()))
+    assert set(questions(rows)) < set(questions(data.general_rows())), "the base has seen them all"
+    pairs = zip(questions(rows), facts, strict=True)
+    asked = [{q for q in held_out if question == q.format(term=fact.term)} for question, fact in pairs]
+    assert all(asked)
+    assert set().union(*asked) == set(held_out)

@@ -37,18 +37,22 @@ ROOMS = """
     engines.ds.stage engines.ds.autos engines.ds.config
     engines.choose engines.fill engines engines.adamw engines.ddp engines.fsdp engines.zero
     checkpoint saver tracking modelcard export loop assignment hooks worker
-    sampling decode generate prompts terminal evaluate
+    sampling decode generate prompts terminal
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
     doctor.cluster doctor.report stopping check
     cluster preflight torchgroup display metrics mailbox rescue rayworker fitting launch
     sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports sweep.fork sweep.leaderboard sweep.plots
     sweep.influence sweep.report sweep.course sweep.outcome sweep.attempt sweep.trainable sweep.search sweep.schedule
     sweep.board sweep.run sweep.promote sweep.__main__
-    demo.run train compare trained verify steps doctor.verb
+    trained
+    evaluation evaluation.metrics evaluation.intervals evaluation.items evaluation.losses evaluation.answers
+    evaluation.subject evaluation.scorer evaluation.scoring evaluation.run evaluation.datasets evaluation.comparison
+    evaluation.results evaluation.harness evaluation.card evaluation.report evaluate
+    demo.run train compare verify steps doctor.verb
     serving serving.address serving.asked serving.line serving.replies serving.gate serving.app serving.local
     serving.vllm serving.rayserve
-    verbs.answers verbs.data verbs.chat verbs.generate verbs.serve verbs.compare verbs.verify verbs.render verbs.doctor
-    verbs.demo
+    verbs.answers verbs.data verbs.chat verbs.generate verbs.serve verbs.evaluate verbs.compare verbs.verify
+    verbs.render verbs.doctor verbs.demo
     cli __main__
 """.split()
 
@@ -78,6 +82,7 @@ RESERVED = {
         "rayworker",
         "fitting",
         "launch",
+        "evaluation.scoring",
         "sweep.attempt",
         "sweep.trainable",
         "sweep.search",
