@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
-from raytune_ds import storage
-from raytune_ds.check import check
-from raytune_ds.compose import load, replaced
+from raytune_ds import generate, storage
+from raytune_ds.compose import load
 from raytune_ds.config import Config, ModelConfig
 from raytune_ds.errors import UserError
 from raytune_ds.evaluation.items import BASE, TUNED
-from raytune_ds.generate import Generator
 from raytune_ds.model.load import compute_dtype, load_for_generation
 from raytune_ds.rundir import RunDir
+from raytune_ds.trained import base_model
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Subject:
             UserError: it can't be loaded.
         """
         if self.model is None:
-            return Generator.of_run(self.run).model
+            return generate.Generator.of_run(self.run).model
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return load_for_generation(self.model, compute_dtype("auto", device), device)
 
@@ -61,16 +60,8 @@ def finished(path: str) -> Config:
     Raises:
         UserError: it is none.
     """
-    run = RunDir(storage.absolute(path))
-    if not storage.is_local(run.path):
-        raise UserError(f"--run {path}: copy the run directory to this machine first.")
-    if not storage.exists(run.config):
-        raise UserError(f"--run {path}: no run directory (it has no config.json).")
-    if not storage.exists(run.final):
-        raise UserError(
-            f"--run {path}: the run has not finished (no final/). Start the same command again to go on."
-        )
-    return load(storage.read_bytes(run.config).decode())
+    generate.finished(path)
+    return load(storage.read_bytes(RunDir(storage.absolute(path)).config).decode())
 
 
 def subjects(run: str, config: Config, with_base: bool) -> list[Subject]:
@@ -87,17 +78,14 @@ def subjects(run: str, config: Config, with_base: bool) -> list[Subject]:
     if config.adapter.kind != "none":
         return [Subject(run, (BASE, TUNED) if with_base else (TUNED,))]
     tuned = Subject(run, (TUNED,))
-    return [tuned, Subject(run, (BASE,), _base(config))] if with_base else [tuned]
+    return [tuned, Subject(run, (BASE,), _base(run))] if with_base else [tuned]
 
 
-def _base(config: Config) -> ModelConfig:
-    """The base model, its directory in place of its name if it is a tiny one."""
-    name = config.model.name
+def _base(run: str) -> ModelConfig:
     try:
-        if name.startswith("tiny:"):  # made from the data, and found again by them
-            return check(replaced(config, run={"resume": "auto"})).model
-        if Path(name).is_absolute() and not Path(name).is_dir():
-            raise UserError(f"model.name = {name}: there is no such directory any more.")
+        model = base_model(run)
+        if Path(model.name).is_absolute() and not Path(model.name).is_dir():
+            raise UserError(f"model.name = {model.name}: there is no such directory any more.")
     except UserError as error:
         raise UserError(f"the base model: {error}\n--no-base measures the tuned one alone.") from error
-    return config.model
+    return model
