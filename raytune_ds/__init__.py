@@ -34,7 +34,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
                                        with (initial); build: the module that is trained, without weights yet
     objectives/, engines/              a batch to a loss sum; gradients to an update, and who holds which part
     checkpoint, saver                  checkpoints, of no engine and no world size; taking them while training goes on
-    tracking, modelcard, export        what else a run leaves behind
+    tracking, modelcard, modelfiles, export  what else a run leaves behind; the weight files of a model
     bysource                           losses of each source
     guard, loop                        steps that go wrong; the training loop
     assignment, hooks, worker          what a worker is told; what its loop sets off; one worker, start to end (no Ray)

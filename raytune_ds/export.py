@@ -1,8 +1,7 @@
 """What the user takes home: an adapter that peft loads, or a model that transformers loads.
 
-It is made from a checkpoint, file by file, and not from the running model: no rank needs room for more than a few times
-one file (1 GiB, or the largest parameter), and any checkpoint can be exported, whichever engine wrote it. What was
-written is read back before it is called saved.
+It is made from a checkpoint, file by file, and not from the running model: any checkpoint can be exported, whichever
+engine wrote it. What was written is read back before it is called saved.
 """
 
 from __future__ import annotations
@@ -11,16 +10,13 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raytune_ds import storage
 from raytune_ds.adapterconfig import AdapterConfig
@@ -31,19 +27,14 @@ from raytune_ds.model import initial
 from raytune_ds.model.initial import TENSORS, Initial, as_plain_lora
 from raytune_ds.model.load import hold_in, skeleton
 from raytune_ds.model.weights import Weights, locate, open_weights
+from raytune_ds.modelfiles import Compared, ExportError, save_configs, write_weights
+from raytune_ds.modelfiles import on_main as _main
 from raytune_ds.rundir import RunDir
 from raytune_ds.tensorfile import TensorFile
 from raytune_ds.world import World
 
-T = TypeVar("T")
-
-FILE_BYTES = 1 << 30
 # Names in a checkpoint are those of the trained module, whose Hugging Face or peft model is its `model`.
 _PREFIX = "model/model."
-
-
-class ExportError(Exception):
-    """What was written is not what is in the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +93,7 @@ def save_final(
     def finish() -> None:
         with _beside(staging) as local:
             if adapter.kind == "none":
-                _save_configs(local, base, folder, dtype)
+                save_configs(local, base, folder, dtype)
             tokenizer.save_pretrained(local)
             (local / "README.md").write_text(card, encoding="utf-8")
         if staging != run.final:
@@ -132,19 +123,6 @@ def _opened(model: ModelConfig, revision: str | None) -> tuple[PreTrainedModel, 
     return base, folder, open_weights(folder, base)
 
 
-def _all(world: World, action: Callable[[], T]) -> T:
-    """Does something on all ranks; ExportError on all if it fails on one."""
-    try:
-        return world.together(action, (OSError, ExportError, SafetensorError))
-    except UserError as error:
-        raise ExportError(str(error)) from error
-
-
-def _main(world: World, action: Callable[[], None]) -> None:
-    """Does something on rank 0; ExportError on all if it fails."""
-    _all(world, action if world.is_main else lambda: None)
-
-
 @contextlib.contextmanager
 def _beside(target: str) -> Iterator[Path]:
     """A local folder whose files are added to `target` afterwards."""
@@ -164,40 +142,8 @@ def _save_model(
 ) -> list[str]:
     """Writes the weight files and their index, and compares them with the checkpoint; returns what did not change."""
     hold_in(base, dtype)
-    tensors = _Tensors(base, weights, reader)
-    plan = list(_files(tensors.shapes, {name: tensors.dtype(name) for name in tensors.shapes}))
-    names = [_file_name(number, len(plan)) for number in range(len(plan))]
-    written: dict[str, list[str]] = {}
-    sizes: list[int] = []
-
-    def write_mine() -> None:
-        for number in range(world.rank, len(plan), world.size):
-            entries = revert_weight_conversion(base, {name: tensors(name) for name in plan[number]})
-            content = safetensors.torch.save({k: _own(v) for k, v in entries.items()}, {"format": "pt"})
-            storage.write_bytes(f"{target}/{names[number]}", content)
-            written[names[number]] = list(entries)
-            sizes.append(sum(v.nbytes for v in entries.values()))
-
-    _all(world, write_mine)
-    parts = world.gather((written, sum(sizes)))
-    where = {key: file for files, _ in parts for file, keys in files.items() for key in keys}
-    index = {"metadata": {"total_size": sum(size for _, size in parts)}, "weight_map": where}
-    if len(plan) > 1:
-        _main(world, lambda: storage.write_json(f"{target}/model.safetensors.index.json", index))
-    saved = Weights([TensorFile(f"{target}/{name}") for name in names], target, base)
-    mine = sorted(tensors.shapes)[world.rank :: world.size]
-    compared = _all(world, lambda: [tensors.compare(name, saved) for name in mine])
-    found = [result for results in world.gather(compared) for result in results]
-    if problems := [result.problem for result in found if result.problem]:
-        raise ExportError("; ".join(problems[:3]))
+    found = write_weights(target, base, _Tensors(base, weights, reader), world)
     return sorted(result.name for result in found if result.unchanged)
-
-
-@dataclass(frozen=True)
-class _Compared:
-    name: str
-    problem: str | None
-    unchanged: bool
 
 
 class _Tensors:
@@ -222,7 +168,7 @@ class _Tensors:
             return self._reader.whole(_PREFIX + name).to(like.dtype)
         return self._weights(name, 0, like.numel()).view(like.shape).to(like.dtype)
 
-    def compare(self, name: str, saved: Weights) -> _Compared:
+    def compare(self, name: str, saved: Weights) -> Compared:
         """A tensor with what was read back, and with what training began with."""
         expected = self(name).reshape(-1)
         size = expected.numel()
@@ -234,45 +180,7 @@ class _Tensors:
         unchanged = name in self._trained and torch.equal(
             self._weights(name, 0, size).to(expected.dtype), expected
         )
-        return _Compared(name, problem, unchanged)
-
-
-def _files(shapes: Mapping[str, torch.Size], dtypes: Mapping[str, torch.dtype]) -> Iterator[list[str]]:
-    """Tensors gathered to files of FILE_BYTES, or of one tensor where that is larger."""
-    names: list[str] = []
-    size = 0
-    for name, shape in shapes.items():
-        nbytes = shape.numel() * dtypes[name].itemsize
-        if names and size + nbytes > FILE_BYTES:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += nbytes
-    yield names
-
-
-def _file_name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that shares its memory with no other, as safetensors wants it."""
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _save_configs(target: Path, base: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """config.json, generation_config.json, and the code of a model that comes with its own."""
-    config = base.config
-    config.architectures, config.dtype = [type(base).__name__], dtype
-    for ours in ("fp8_block_size", "grown_from"):
-        if hasattr(config, ours):
-            delattr(config, ours)
-    config.save_pretrained(target)
-    if (folder / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(folder).save_pretrained(target)
-    for code in folder.glob("*.py"):
-        shutil.copy(code, target)
+        return Compared(name, problem, unchanged)
 
 
 # --------------------------------------------------------------------------------------------- adapters

@@ -29,7 +29,7 @@ from raytune_ds.data.store import Store
 from raytune_ds.data.tokenizer import load_tokenizer
 from raytune_ds.engines.choose import Choice, choose
 from raytune_ds.errors import UserError
-from raytune_ds.export import ExportError, Final, describe, save_final
+from raytune_ds.export import Final, describe, save_final
 from raytune_ds.hooks import Orders, Report, hooks_of
 from raytune_ds.loop import Progress, train
 from raytune_ds.model import initial
@@ -39,6 +39,7 @@ from raytune_ds.model.initial import Initial
 from raytune_ds.model.load import compute_dtype
 from raytune_ds.model.weights import fingerprint
 from raytune_ds.modelcard import model_card
+from raytune_ds.modelfiles import ExportError
 from raytune_ds.objectives import OBJECTIVES
 from raytune_ds.saver import Label, Saver, Written
 from raytune_ds.schedule import warmup_steps

@@ -116,6 +116,11 @@ class Weights:
         added = self._means[name].to(self(name, 0, 1).dtype).repeat(last - first)
         return added[start - first * width : stop - first * width]
 
+    def dtype(self, name: str) -> torch.dtype:
+        """In which `__call__` gives a parameter or buffer: that of its file, or bfloat16 for block-wise FP8."""
+        key = next(iter(self._sources[name].keys.values()))[0]
+        return torch.bfloat16 if key + _SCALE in self._files else self._files[key].dtype(key)
+
     def __contains__(self, name: str) -> bool:
         """Whether the files hold that parameter or buffer."""
         return name in self._sources
@@ -247,6 +252,10 @@ class _PickledFile:
             path, map_location="cpu", mmap=True, weights_only=True
         )
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor."""
+        return self._tensors[name].dtype
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of a tensor in row-major order."""

@@ -19,15 +19,16 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from raytune_ds import checkpoint, export, storage
+from raytune_ds import checkpoint, export, modelfiles, storage
 from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.checkpoint import Manifest, Reader
 from raytune_ds.config import Config, ModelConfig
 from raytune_ds.engines import Piece
-from raytune_ds.export import ExportError, Final, describe, save_final
+from raytune_ds.export import Final, describe, save_final
 from raytune_ds.model.build import build
 from raytune_ds.model.initial import Initial
 from raytune_ds.modelcard import model_card
+from raytune_ds.modelfiles import ExportError
 from raytune_ds.rundir import RunDir
 from raytune_ds.world import World
 from tests.ranks import on_ranks
@@ -188,7 +189,7 @@ def test_its_files_have_the_entries_of_the_base_models(make: MakeRun, architectu
 def test_several_files_and_their_index(
     make: MakeRun, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "FILE_BYTES", 200_000)
+    monkeypatch.setattr(modelfiles, "FILE_BYTES", 200_000)
     run = make(architecture)
     final = run.save()
     files = sorted(path.name for path in run.final.glob("*.safetensors"))
@@ -226,7 +227,7 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_write_side_by_side(
     make: MakeRun, monkeypatch: pytest.MonkeyPatch, one_at_a_time: None, adapter: AdapterConfig
 ) -> None:
-    monkeypatch.setattr(export, "FILE_BYTES", 400_000)
+    monkeypatch.setattr(modelfiles, "FILE_BYTES", 400_000)
     run = make("deepseek-v3", adapter, unchanged_as_trained)
     expected = run.save()
     contents = {path.name: path.read_bytes() for path in run.final.iterdir()}
@@ -466,7 +467,7 @@ def flip(content: bytes) -> bytes:
 def test_a_whole_model_that_was_not_written_well_is_refused(
     make: MakeRun, monkeypatch: pytest.MonkeyPatch, damaged: int
 ) -> None:
-    monkeypatch.setattr(export, "FILE_BYTES", 400_000)
+    monkeypatch.setattr(modelfiles, "FILE_BYTES", 400_000)
     run = make("deepseek-v3")
     run.save()
     name = sorted(path.name for path in run.final.glob("*.safetensors"))[damaged]
@@ -657,7 +658,7 @@ def test_a_refused_model_leaves_the_old_final(make: MakeRun) -> None:
 def test_an_object_store_gets_the_same_files(
     make: MakeRun, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: AdapterConfig
 ) -> None:
-    monkeypatch.setattr(export, "FILE_BYTES", 400_000)
+    monkeypatch.setattr(modelfiles, "FILE_BYTES", 400_000)
     local, there = make("deepseek-v3", adapter), make("deepseek-v3", adapter, path=bucket)
     old = tmp_path / "bucket" / "runs" / "final" / "model.safetensors"
     old.parent.mkdir(parents=True)
