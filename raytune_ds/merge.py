@@ -7,6 +7,7 @@ is computed in float32 and rounded once, to the precision that the base model's 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -183,4 +184,5 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    return xxhash.xxh3_128(memoryview(tensor.reshape(-1).view(torch.uint8).numpy())).hexdigest()
+    content: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # a buffer, without a copy
+    return xxhash.xxh3_128(content).hexdigest()

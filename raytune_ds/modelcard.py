@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,65 @@ def model_card(
             "",
         )
     )
+
+
+def exported_card(
+    card: str,
+    library: str,
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    results: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The card of an export: that of the run, and what has happened since.
+
+    Args:
+        card: of the run; may be empty.
+        library: which library loads it: peft or transformers.
+        title: what the export is, in a sentence.
+        facts: name and value of what is worth knowing of it.
+        results: of evaluations, whatever keys they have.
+    """
+    head, text = _parts(card)
+    head["library_name"] = library
+    if library != "peft":
+        head["tags"] = [tag for tag in head.get("tags") or () if tag not in ("lora", "peft")]
+        if "base_model" in head:
+            head["base_model_relation"] = "finetune"
+    rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts]
+    lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "", text.strip(), ""]
+    lines += ["## Export", "", title, "", "| | |", "|---|---|", *rows, ""]
+    if results:
+        lines += ["## Evaluation", "", *(f"- {_result(result)}" for result in results), ""]
+    return "\n".join(lines)
+
+
+def _parts(card: str) -> tuple[dict[str, Any], str]:
+    """Metadata and text; text alone where there are no metadata, or damaged ones."""
+    if not card.startswith("---\n") or "\n---\n" not in card:
+        return {}, card or "# A model"
+    head, _, text = card.removeprefix("---\n").partition("\n---\n")
+    try:
+        values = yaml.safe_load(head)
+    except yaml.YAMLError:
+        values = None
+    return (values if isinstance(values, dict) else {}), text
+
+
+def _result(result: Mapping[str, Any]) -> str:
+    """One evaluation in a line: the numbers and texts that it holds, those of a dict below it too."""
+    flat: dict[str, Any] = {}
+    for key, value in result.items():
+        flat |= (
+            {f"{key}.{name}": each for name, each in value.items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
+    shown = {key: value for key, value in flat.items() if isinstance(value, str | int | float)}
+    return ", ".join(f"{k}: {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in shown.items())
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _is_of_the_hub(model: str) -> bool:
