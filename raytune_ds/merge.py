@@ -64,13 +64,13 @@ class Merged:
         resize(self.model, rows)
         self._wrapped = Wrapped(skeleton(model), rows, adapter, self._given)
         self.kind = self._wrapped.kind
+        self._written: dict[str, str] = {}
+        self._kept: dict[str, torch.Tensor] = {}
         self.untied = self._untie()
         kept = set(_tied(self.model))
         self.shapes = {name: shape for name, shape in _shapes(self.model).items() if name not in kept}
         self.merged = frozenset(name for name in self.shapes if self._is_changed(name))
         self._require_new_rows(rows)
-        self._written: dict[str, str] = {}
-        self._kept: dict[str, torch.Tensor] = {}
 
     def dtype(self, name: str) -> torch.dtype:
         """On disk: as in the base model's files."""

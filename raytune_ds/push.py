@@ -21,7 +21,7 @@ def token_for(repo: str) -> str:
         UserError: there is none, or that is no name of a repository.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo)

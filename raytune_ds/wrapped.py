@@ -43,11 +43,7 @@ class Wrapped:
             n for n, p in tuner.named_parameters() if id(p) in before and p.data_ptr() != before[id(p)]
         ]
         if changed:
-            raise UserError(
-                f"{adapter}: putting the adapter on changes the base model ({changed[0]}): it is relative to a base "
-                "model of its own, as after init_lora_weights = pissa, olora or loftq. Convert it to plain LoRA first: "
-                "https://huggingface.co/docs/peft/developer_guides/lora"
-            )
+            raise UserError(_relative(adapter))
         self._wrappers = dict(_wrappers(base))
         if not self._wrappers or tuner.peft_config["default"].is_prompt_learning:
             raise UserError(f"{adapter}: {self.kind} has no layers in the model that could be merged.")
@@ -100,7 +96,9 @@ class Wrapped:
         except (NotImplementedError, ValueError, RuntimeError) as error:
             raise UserError(f"{name}: peft does not merge it: {first_line(error)}") from error
         found = {f"{key}.{n}": p.data for n, p in result.named_parameters() if not one_by_one or n == own}
-        for parameter in (*result.parameters(), *original.parameters()):
+        for layer in (module for module in wrapper.modules() if _is_layer(module)):
+            layer.merged_adapters = []  # it may be asked for again
+        for parameter in original.parameters():
             parameter.data = _nothing(parameter.shape)  # what was merged is given away
         return found
 
@@ -159,10 +157,22 @@ def _on(base: PreTrainedModel, adapter: Path) -> Any:
         try:
             model = PeftModel.from_pretrained(base, str(adapter), torch_device="cpu").requires_grad_(False)
         except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError, AttributeError) as error:
+            if "refers to a single memory location" in str(
+                error
+            ):  # what torch says of a stand-in that is written to
+                raise UserError(_relative(adapter)) from error
             raise UserError(f"{adapter}: peft can't load it: {first_line(error)}") from error
     if missing := [str(w.message) for w in said if "missing adapter keys" in str(w.message)]:
         raise UserError(f"{adapter}: is incomplete: {missing[0][:300]}")
     return model
+
+
+def _relative(adapter: Path) -> str:
+    return (
+        f"{adapter}: putting the adapter on changes the base model: it is relative to a base model of its own, as "
+        "after init_lora_weights = pissa, olora or loftq. Convert it to plain LoRA first: "
+        "https://huggingface.co/docs/peft/developer_guides/lora"
+    )
 
 
 def _require_merging(tuner: Any, wrappers: Mapping[str, Any], kind: str) -> None:
