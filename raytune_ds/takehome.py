@@ -9,6 +9,7 @@ import contextlib
 import errno
 import filecmp
 import json
+import os
 import shutil
 import time
 import uuid
@@ -102,9 +103,9 @@ def _staged(target: Path) -> Iterator[Path]:
             target.rmdir()
         staging.rename(target)
     except (ExportError, OSError) as error:
-        reason = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else str(error)
-        full = " Make room there, or choose another --output." if "disk is full" in reason else ""
-        raise UserError(f"{target}: can't be exported: {reason}.{full} Nothing is left of it.") from error
+        full = os.strerror(errno.ENOSPC) in str(error)
+        reason = "the disk is full. Make room there, or choose another --output" if full else str(error)
+        raise UserError(f"{target}: can't be exported: {reason}. Nothing is left of it.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
