@@ -21,7 +21,7 @@ from raytune_ds.errors import UserError
 from raytune_ds.merge import Merged
 from raytune_ds.origin import Origin
 from raytune_ds.takehome import Request, deliver
-from tests.unit.test_weights import ARCHITECTURES, edit_config, store, stored, tie, to_fp8
+from tests.unit.test_weights import edit_config, store, stored, tie, to_fp8
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 IDS = torch.arange(5, 45)[None]
@@ -30,7 +30,10 @@ PLAIN = ["q_proj", "v_proj", "down_proj"]
 TARGETS = {
     "deepseek-v2": ["q_proj", "kv_b_proj", "o_proj"],
     "deepseek-v3": MLA,
+    "deepseek-v3.2": MLA,
+    "deepseek-v4": ["q_a_proj", "q_b_proj", "kv_proj", "o_b_proj"],
     "qwen2": PLAIN,
+    "qwen3": PLAIN,
     "llama": PLAIN,
 }
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -105,7 +108,7 @@ def assert_same(
 # ---- LoRA and its kin -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TARGETS)
 @pytest.mark.parametrize("option", ["plain", "use_rslora", "use_dora"])
 def test_lora_on_linear_layers(make: Make, architecture: str, option: str) -> None:
     options = {} if option == "plain" else {option: True}
@@ -116,26 +119,24 @@ def test_lora_on_linear_layers(make: Make, architecture: str, option: str) -> No
         n: (t.shape, t.dtype) for n, t in theirs.items()
     }
     touched = tuple(f"{target}.weight" for target in TARGETS[architecture])
-    for name, tensor in theirs.items():
-        on_experts = "experts" in name  # peft moves down_proj there where experts are fused
-        if not on_experts:
-            assert torch.equal(ours[name], tensor) != name.endswith(touched), name
+    found = loaded(merged).state_dict()
+    for name, tensor in loaded(base).state_dict().items():
+        if "experts" not in name:  # peft moves names of linear layers there
+            assert torch.equal(found[name], tensor) != name.endswith(touched), name
 
 
-@pytest.mark.parametrize("architecture", ["deepseek-v2", "deepseek-v3"])
+@pytest.mark.parametrize("architecture", [name for name in TARGETS if "deepseek" in name])
 @pytest.mark.parametrize("at_once", [1 << 28, 1], ids=["all", "one"])
 def test_lora_on_experts_and_other_parameters(
     make: Make, architecture: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wrapped, "PART_BYTES", at_once)
-    parameters = [*EXPERTS, "mlp.gate.weight", "kv_a_proj_with_mqa.weight"]
-    base, adapter, merged = make(architecture, lora(["o_proj"], target_parameters=parameters))
+    parameters = [*EXPERTS, "mlp.gate.weight", f"{TARGETS[architecture][0]}.weight"]
+    base, adapter, merged = make(architecture, lora(TARGETS[architecture][-1:], target_parameters=parameters))
     assert_same(base, adapter, merged)
     ours, theirs = load_file(merged / "model.safetensors"), stored(base)
     changed = {name for name in theirs if not torch.equal(ours[name], theirs[name])}
-    assert {
-        n for n in theirs if ".mlp.experts." in n or n.endswith(("mlp.gate.weight", "o_proj.weight"))
-    } <= changed
+    assert {n for n in theirs if ".mlp.experts." in n or n.endswith("mlp.gate.weight")} <= changed
 
 
 def test_lora_on_the_weights_of_linear_layers(make: Make) -> None:
