@@ -109,9 +109,7 @@ def _origin(run: RunDir, config: Mapping[str, Any], folder: Path) -> Origin:
     base, revision = None, None
     if (folder / "adapter_config.json").is_file():
         adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base = ModelConfig(
-            name=adapter["base_model_name_or_path"], trust_remote_code=config["model"]["trust_remote_code"]
-        )
+        base = ModelConfig.model_validate(config["model"] | {"name": adapter["base_model_name_or_path"]})
         _require_same_base(base, weights)
         commit = weights.rpartition("@")[2] if weights.startswith(f"{base.name}@") else "None"
         revision = None if commit == "None" else commit

@@ -346,6 +346,24 @@ def test_a_run_somewhere_else_is_copied_here(finished: Path, bucket: str, tmp_pa
     assert "model.safetensors" in names_in(tmp_path / "out")
 
 
+def test_a_run_that_added_tokens(base: Path, tmp_path: Path) -> None:
+    run, rows = tmp_path / "run", json.loads((base / "config.json").read_text())["vocab_size"] + 2
+    config = lora(["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    make_adapter(base, config, run / "final", rows)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<dose>", "<unit>"])
+    tokenizer.save_pretrained(run / "final")
+    values = {"model": {"name": str(base), "add_tokens": ["<dose>", "<unit>"]}, "run": {"seed": 0}}
+    (run / "config.json").write_text(json.dumps(values))
+    assert cli.main(["export", "--run", str(run), "--to", "gguf-ready"]) == 0
+    merged = run / "exports" / "gguf-ready"
+    made = json.loads((merged / "config.json").read_text())
+    assert made["vocab_size"] == rows
+    assert "grown_from" not in made
+    expected = load_file(run / "final" / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    assert torch.equal(load_file(merged / "model.safetensors")["lm_head.weight"], expected)
+
+
 # ---- the hub --------------------------------------------------------------------------------------
 
 
