@@ -22,8 +22,9 @@ TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # However little an adapter does, a merge that loses half of it is wrong; but below this part of the tolerance nothing
 # can be told from rounding.
 _FLOOR = 0.2
-# The smallest difference may send a token to other experts, and then its logits differ for good.
-_SHARE_WITH_EXPERTS = 0.9
+# The smallest difference may send a token to other experts, and then its logits differ for good: in bfloat16 that was
+# one token in nine of a tiny model. What is merged wrongly shows in all of them.
+_SHARE_WITH_EXPERTS = 0.75
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def compare(
     num_bytes: int,
     documents: Sequence[Sequence[int]],
     trust_remote_code: bool,
+    dtype: torch.dtype | None = None,
 ) -> Closeness:
     """Runs one model after the other, so that only one is in memory.
 
@@ -82,12 +84,13 @@ def compare(
         num_bytes: of all of them.
         documents: token ids; the first few of each are used.
         trust_remote_code: whether the model's own Python may run.
+        dtype: to compute in; None: float32 where there is room for it, or as the files.
 
     Raises:
         ExportError: they differ by more than rounding explains.
     """
     cut = [list(ids)[:MAX_TOKENS] for ids in documents[:MAX_DOCUMENTS]]
-    dtype = _dtype_to_compute_in(files_dtype, num_bytes)
+    dtype = dtype or _dtype_to_compute_in(files_dtype, num_bytes)
     model = tuned(dtype).eval()
     expected_TV = _logits(model, cut)
     with model.disable_adapter():

@@ -127,13 +127,15 @@ def _origin(run: RunDir, config: Mapping[str, Any], folder: Path) -> Origin:
 def _known(run: RunDir) -> tuple[dict[str, Any], tuple[Sequence[int], ...]]:
     """What the newest checkpoint says the run was made with, and a few documents; nothing where that is gone."""
     try:
+        manifest = checkpoint.newest_complete(run.checkpoints)
+    except (OSError, ValueError, KeyError, TypeError):
+        manifest = None
+    if manifest is None:
+        return {}, ()
+    try:
         trained = Trained.read(run.path)
-    except UserError:
-        try:
-            manifest = checkpoint.newest_complete(run.checkpoints)
-        except (OSError, ValueError, KeyError, TypeError):
-            manifest = None
-        return (manifest.identity if manifest else {}), ()
+    except UserError:  # the prepared data are gone
+        return manifest.identity, ()
     store = trained.store
     split = "eval" if store.split("eval").num_packs else "train"
     pack = store.reader(split).pack(Place(0, 0))

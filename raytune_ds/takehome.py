@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from raytune_ds import gguf
 from raytune_ds.console import ProgressLine, say, warn
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 from raytune_ds.errors import UserError
-from raytune_ds.logits import compare, load
+from raytune_ds.logits import compare
 from raytune_ds.merge import Merged
 from raytune_ds.model.weights import Weights
 from raytune_ds.modelcard import exported_card
@@ -32,8 +33,9 @@ from raytune_ds.modelfiles import Compared, ExportError, num_bytes, save_configs
 from raytune_ds.origin import Origin, base_folder
 from raytune_ds.push import push, token_for
 from raytune_ds.tensorfile import TensorFile
+from raytune_ds.tuned import load_tuned
 from raytune_ds.world import World
-from raytune_ds.wrapped import ADAPTER_FILE, load_adapter, put_on
+from raytune_ds.wrapped import ADAPTER_FILE, load_adapter
 
 KINDS = ("adapter", "merged", "gguf-ready")
 LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -197,7 +199,7 @@ def _merge(origin: Origin, request: Request, staging: Path) -> tuple[list[str], 
         return notes, [*facts, ("compared with the adapter", "no")]
     compared = compare(
         staging,
-        lambda dtype: _tuned(origin, dtype),
+        partial(load_tuned, origin.base, origin.revision, origin.folder),
         merged.main_dtype,
         size,
         origin.documents or _documents(tokenizer),
@@ -206,13 +208,6 @@ def _merge(origin: Origin, request: Request, staging: Path) -> tuple[list[str], 
     where = "text of the run's data" if origin.documents else "a built-in text"
     notes.append(f"compared with the adapter on its base model, {where}: {compared}")
     return notes, [*facts, ("compared with the adapter", f"{where}: {compared}")]
-
-
-def _tuned(origin: Origin, dtype: torch.dtype) -> Any:
-    """The base model with the adapter, as plain transformers and peft load it."""
-    assert origin.base is not None
-    base = load(origin.base.name, dtype, origin.base.trust_remote_code, revision=origin.revision)
-    return put_on(base, origin.folder)
 
 
 def _documents(tokenizer: Any) -> list[list[int]]:

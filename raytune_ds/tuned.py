@@ -1,0 +1,47 @@
+"""A base model with its adapter, loaded as people load it, to hold a merged model against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from raytune_ds.config import ModelConfig
+from raytune_ds.logits import load
+from raytune_ds.model.load import hold_in, load_config, skeleton
+from raytune_ds.model.weights import locate, open_weights
+from raytune_ds.wrapped import put_on
+
+
+def load_tuned(model: ModelConfig, revision: str | None, adapter: Path, dtype: torch.dtype) -> Any:
+    """The model in memory.
+
+    Args:
+        model: the base model.
+        revision: the commit of a base model of the hub.
+        adapter: a peft directory.
+        dtype: to compute in.
+    """
+    if getattr(load_config(model), "quantization_config", None) is not None:
+        return put_on(_as_read(model, revision, dtype), adapter)
+    return put_on(load(model.name, dtype, model.trust_remote_code, revision=revision), adapter)
+
+
+def _as_read(model: ModelConfig, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """A model that was published in FP8, as training read it.
+
+    transformers 5.23 takes blocks for smaller than they are where the last ones of a matrix are cut off.
+    """
+    base = skeleton(model).requires_grad_(False)
+    weights = open_weights(locate(model, revision), base)
+    for name, buffer in base.named_buffers():
+        if name in weights:
+            buffer.copy_(weights(name, 0, buffer.numel()).view_as(buffer))
+    hold_in(base, dtype)
+    for name, parameter in base.named_parameters():
+        values = weights(name, 0, parameter.numel()).view(parameter.shape).to(parameter.dtype)
+        torch.utils.swap_tensors(parameter, nn.Parameter(values, requires_grad=False))
+    return base.eval()
