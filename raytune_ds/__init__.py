@@ -34,7 +34,10 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
                                        with (initial); build: the module that is trained, without weights yet
     objectives/, engines/              a batch to a loss sum; gradients to an update, and who holds which part
     checkpoint, saver                  checkpoints, of no engine and no world size; taking them while training goes on
-    tracking, modelcard, modelfiles, export  what else a run leaves behind; the weight files of a model
+    tracking, modelcard                what else a run leaves behind
+    modelfiles, export                 the weight files of a model; final/
+    wrapped, merge, combine            a base model without memory in an adapter; the two merged; adapters made one
+    logits, tuned, gguf, push          a merged model beside its adapter; what llama.cpp wants; to the hub
     bysource                           losses of each source
     guard, loop                        steps that go wrong; the training loop
     assignment, hooks, worker          what a worker is told; what its loop sets off; one worker, start to end (no Ray)
@@ -53,6 +56,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     demo/, train, compare              the bundled demo; runs side by side
     verify, steps                      the proof of what a run was trained on, its rows
     serving/                           a model behind an OpenAI-compatible address
+    origin, takehome                   what is exported, and where it comes from; exports
     verbs/, cli                        the command lines
 
 A row's way from a file to a gradient: `inputs` finds files and formats; `prepare` reads them with Ray Data, and its

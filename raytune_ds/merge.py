@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
 from raytune_ds.model.load import skeleton
-from raytune_ds.model.weights import Read, Weights, locate, open_weights
+from raytune_ds.model.weights import Weights, locate, open_weights
 from raytune_ds.modelfiles import Compared
 from raytune_ds.wrapped import ADAPTER_FILE, Wrapped, load_adapter, plain_name, resize, vocabulary
 
@@ -34,16 +34,13 @@ class Merged:
         kind: peft's name for the type of the adapter.
     """
 
-    def __init__(
-        self, model: ModelConfig, adapter: Path, revision: str | None = None, read: Read | None = None
-    ) -> None:
+    def __init__(self, model: ModelConfig, adapter: Path, revision: str | None = None) -> None:
         """Reads headers and the adapter, but no weight of the base model.
 
         Args:
             model: the base model.
             adapter: a peft directory.
             revision: the commit of a base model of the hub.
-            read: what the adapter saw in place of the weights in the base model's files; None: just those.
 
         Raises:
             UserError: the base model can't be read, or peft can't put this adapter on it or merge it.
@@ -51,7 +48,7 @@ class Merged:
         self.model = skeleton(model)
         self.folder = locate(model, revision)
         weights = open_weights(self.folder, self.model)
-        self._read, self._stored = read or weights, _shapes(self.model)
+        self._read, self._stored = weights, _shapes(self.model)
         self._dtypes = {name: weights.dtype(name) for name in self._stored if name in weights}
         self._source = {name: name for name in self._stored} | _tied(self.model)
         file = load_adapter(adapter / ADAPTER_FILE)

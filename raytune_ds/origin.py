@@ -28,7 +28,6 @@ class Origin:
         folder: the peft directory, or that of a whole model.
         base: the base model of an adapter; None for a whole model.
         revision: the commit of a base model of the hub.
-        quantization: what the base model's weights were held in while the adapter was trained.
         facts: its lineage, name and value, for the model card.
         documents: token ids of what it was trained on; none if that is gone.
         results: of evaluations.
@@ -37,7 +36,6 @@ class Origin:
     folder: Path
     base: ModelConfig | None
     revision: str | None = None
-    quantization: str = "none"
     facts: tuple[tuple[str, str], ...] = ()
     documents: tuple[Sequence[int], ...] = ()
     results: tuple[Mapping[str, Any], ...] = field(default=())
@@ -117,7 +115,6 @@ def _origin(run: RunDir, config: Mapping[str, Any], folder: Path) -> Origin:
         folder,
         base,
         revision,
-        str(config["model"].get("quantization", "none")),
         tuple((name, value) for name, value in facts if value),
         documents,
         _results(run),
