@@ -7,12 +7,25 @@ import sys
 from collections.abc import Sequence
 
 from raytune_ds.command import guarded, parser
-from raytune_ds.verbs import chat, compare, data, demo, doctor, evaluate, generate, render, serve, verify
+from raytune_ds.verbs import (
+    chat,
+    compare,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    render,
+    serve,
+    verify,
+)
 
 VERBS = {
     "data": data,
     "chat": chat,
     "generate": generate,
+    "export": export,
     "serve": serve,
     "evaluate": evaluate,
     "compare": compare,

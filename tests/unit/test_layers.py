@@ -36,7 +36,8 @@ ROOMS = """
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
     engines.ds.stage engines.ds.autos engines.ds.config
     engines.choose engines.fill engines engines.adamw engines.ddp engines.fsdp engines.zero
-    checkpoint saver tracking modelcard export loop assignment hooks worker
+    checkpoint saver tracking modelcard modelfiles wrapped merge combine logits tuned gguf push
+    export loop assignment hooks worker
     sampling decode generate prompts terminal
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
     doctor.cluster doctor.report stopping check
@@ -48,11 +49,11 @@ ROOMS = """
     evaluation evaluation.metrics evaluation.intervals evaluation.items evaluation.losses evaluation.answers
     evaluation.subject evaluation.scorer evaluation.scoring evaluation.run evaluation.datasets evaluation.comparison
     evaluation.results evaluation.harness evaluation.card evaluation.report evaluate
-    demo.run train compare verify steps doctor.verb
+    demo.run train compare verify steps origin takehome doctor.verb
     serving serving.address serving.asked serving.line serving.replies serving.gate serving.app serving.local
     serving.vllm serving.rayserve
     verbs.answers verbs.data verbs.chat verbs.generate verbs.serve verbs.evaluate verbs.compare verbs.verify
-    verbs.render verbs.doctor verbs.demo
+    verbs.render verbs.doctor verbs.demo verbs.export
     cli __main__
 """.split()
 

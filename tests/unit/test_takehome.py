@@ -21,6 +21,7 @@ from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
 from raytune_ds.logits import closeness_of
 from raytune_ds.merge import Merged
+from raytune_ds.modelcard import exported_card
 from raytune_ds.modelfiles import ExportError
 from raytune_ds.origin import Origin, of_run
 from raytune_ds.takehome import Request, deliver
@@ -99,6 +100,12 @@ def test_results_of_evaluations_are_in_the_card(origin: Origin, tmp_path: Path) 
     assert (
         "\n- task: held-out, loss: 1.235, interval.low: 1, interval.high: 2\n" in card_of(tmp_path / "out")[1]
     )
+
+
+def test_results_that_the_runs_card_tells_already_are_not_told_twice() -> None:
+    card = "# A run\n\n## Evaluation\n\nWell done.\n"
+    assert exported_card(card, "peft", "It.", [], [{"exact": 1}]).count("## Evaluation") == 1
+    assert "exact: 1" in exported_card("# A run\n", "peft", "It.", [], [{"exact": 1}])
 
 
 def test_an_adapter_is_taken_as_it_is(origin: Origin, tmp_path: Path) -> None:
