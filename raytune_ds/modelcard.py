@@ -75,7 +75,7 @@ def exported_card(
         library: which library loads it: peft or transformers.
         title: what the export is, in a sentence.
         facts: name and value of what is worth knowing of it.
-        results: of evaluations, whatever keys they have; told where the run's card does not.
+        results: of evaluations, whatever keys they have.
     """
     head, text = _parts(card)
     head["library_name"] = library
@@ -86,7 +86,7 @@ def exported_card(
     rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts]
     lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "", text.strip(), ""]
     lines += ["## Export", "", title, "", "| | |", "|---|---|", *rows, ""]
-    if results and "\n## Evaluation\n" not in text:  # an evaluation writes its own part of the run's card
+    if results:
         lines += ["## Evaluation", "", *(f"- {_result(result)}" for result in results), ""]
     return "\n".join(lines)
 

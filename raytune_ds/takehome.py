@@ -25,6 +25,7 @@ from raytune_ds import gguf
 from raytune_ds.console import ProgressLine, say, warn
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 from raytune_ds.errors import UserError
+from raytune_ds.evaluation.card import BEGIN
 from raytune_ds.logits import compare
 from raytune_ds.merge import Merged
 from raytune_ds.model.weights import Weights
@@ -249,7 +250,8 @@ def _write_card(
 ) -> None:
     there = origin.folder / "README.md"
     card = there.read_text(encoding="utf-8") if there.is_file() else ""
-    text = exported_card(card, library, title, facts, origin.results)
+    results = () if BEGIN in card else origin.results  # an evaluation has written its own part of the card
+    text = exported_card(card, library, title, facts, results)
     (staging / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from raytune_ds import cli, gguf, storage, takehome
 from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
+from raytune_ds.evaluation.card import BEGIN
 from raytune_ds.logits import closeness_of
 from raytune_ds.merge import Merged
-from raytune_ds.modelcard import exported_card
 from raytune_ds.modelfiles import ExportError
 from raytune_ds.origin import Origin, of_run
 from raytune_ds.takehome import Request, deliver
@@ -102,10 +102,14 @@ def test_results_of_evaluations_are_in_the_card(origin: Origin, tmp_path: Path) 
     )
 
 
-def test_results_that_the_runs_card_tells_already_are_not_told_twice() -> None:
-    card = "# A run\n\n## Evaluation\n\nWell done.\n"
-    assert exported_card(card, "peft", "It.", [], [{"exact": 1}]).count("## Evaluation") == 1
-    assert "exact: 1" in exported_card("# A run\n", "peft", "It.", [], [{"exact": 1}])
+def test_results_that_the_runs_card_tells_already_are_not_told_twice(origin: Origin, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    (origin.folder / "README.md").write_text(f"# A run\n\n{BEGIN}\nWell done.\n")
+    deliver(replace(origin, results=({"exact": 1},)), Request("adapter", tmp_path / "out"))
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "Well done." in text
+    assert "exact" not in text
 
 
 def test_an_adapter_is_taken_as_it_is(origin: Origin, tmp_path: Path) -> None:
