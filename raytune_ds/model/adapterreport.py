@@ -16,6 +16,7 @@ from raytune_ds.model import adapters
 from raytune_ds.model.anatomy import Matrix, anatomy
 from raytune_ds.model.initial import read_config
 from raytune_ds.model.targets import choose
+from raytune_ds.servable import refusals
 
 # Of a trained parameter: itself, its gradient and AdamW's two moments, in float32.
 TRAINED_BYTES = 16
@@ -59,6 +60,7 @@ class AdapterReport:
         left_alone: the others.
         whole: modules that are trained whole beside the adapter.
         widest_bare: elements of the largest matrix that is adapted as a bare parameter.
+        unserved: why vLLM can't serve it as it is.
     """
 
     trainable: int
@@ -67,6 +69,7 @@ class AdapterReport:
     left_alone: tuple[Group, ...] = ()
     whole: tuple[str, ...] = ()
     widest_bare: int = 0
+    unserved: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """As a person reads it."""
@@ -117,6 +120,11 @@ def _beside(report: AdapterReport) -> list[str]:
             "  bare parameters: peft adds the adapter to the matrix itself, and the backward pass makes the gradient "
             f"of all of it, up to {human_count(report.widest_bare)} elements at a time"
         )
+    if report.unserved:
+        lines.append(
+            "  vLLM can't serve it as it is; raytune-ds export --to merged makes a model that it can:"
+        )
+        lines += [f"    {reason}" for reason in report.unserved]
     return lines
 
 
@@ -160,6 +168,7 @@ def report(model: PreTrainedModel, config: AdapterConfig) -> AdapterReport:
         left_alone=tuple(_left(left, reasons)),
         whole=whole,
         widest_bare=max((matrix.shape.numel() for matrix in bare), default=0),
+        unserved=tuple(refusals(made.to_dict())),
     )
 
 

@@ -104,6 +104,14 @@ def test_the_report_shows_parts_ranks_and_experts(tiny_models: dict[str, Path]) 
         assert words in text
 
 
+def test_the_report_says_what_vllm_can_serve(tiny_models: dict[str, Path]) -> None:
+    plain = report(bare(tiny_models, "deepseek-v3"), config())
+    assert plain.unserved == ()
+    found = report(bare(tiny_models, "deepseek-v3"), config(targets="all", rank_pattern={"o_proj": 8}))
+    assert len(found.unserved) == 2
+    assert "adapted experts" in "\n".join(found.lines())
+
+
 def test_the_report_says_what_auto_leaves_out_and_why(tiny_models: dict[str, Path]) -> None:
     text = "\n".join(report(bare(tiny_models, "deepseek-v3"), config()).lines())
     assert "experts gate_up_proj x3, down_proj x3" in text

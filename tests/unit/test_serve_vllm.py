@@ -13,7 +13,8 @@ from peft import IA3Config, LoraConfig, PeftConfig
 from raytune_ds import cli, storage
 from raytune_ds.errors import UserError
 from raytune_ds.serving import vllm
-from raytune_ds.serving.vllm import LIMITS, Wanted, refusals, served_names, settings
+from raytune_ds.servable import LIMITS, refusals
+from raytune_ds.serving.vllm import Wanted, served_names, settings
 from tests.unit.test_generate import as_run
 
 PLAIN: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "o_proj"]}
