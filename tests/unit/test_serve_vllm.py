@@ -12,8 +12,8 @@ from peft import IA3Config, LoraConfig, PeftConfig
 
 from raytune_ds import cli, storage
 from raytune_ds.errors import UserError
-from raytune_ds.serving import vllm
 from raytune_ds.servable import LIMITS, refusals
+from raytune_ds.serving import vllm
 from raytune_ds.serving.vllm import Wanted, served_names, settings
 from tests.unit.test_generate import as_run
 
