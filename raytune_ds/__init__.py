@@ -5,7 +5,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     errors, console, storage, hub      what a user caused; what people see; files anywhere; the Hugging Face hub
     lease                              one driver at a time, at a run or at a store
     tensorfile                         ranges of the tensors in a safetensors file anywhere
-    section, cluster-/sweep-/adapterconfig, config  the config tree
+    section, cluster-/sweep-/adapterconfig, config  the config tree; compatible: what goes with what in it
     keys, yamlfile, compose, naming    how YAML and key=value become one; names made from it
     deploy/                            the files of a cluster, made from the config
     data/values, conversation          what a row's JSON holds; messages of any spelling to a conversation
@@ -31,7 +31,8 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     watch, downtime, stacks            workers that hang; what a restart costs; the stacks of a process
     model/                             tiny models, packed attention and losses, weights by ranges; what a model is made
                                        of (anatomy) and which of it is adapted (targets); adapters, and what they begin
-                                       with (initial); build: the module that is trained, without weights yet
+                                       with (initial); frozen weights as bytes (lowbits, quantize); build: the module that
+                                       is trained, without weights yet
     objectives/, engines/              a batch to a loss sum; gradients to an update, and who holds which part
     checkpoint, saver                  checkpoints, of no engine and no world size; taking them while training goes on
     tracking, modelcard                what else a run leaves behind

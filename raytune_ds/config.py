@@ -13,6 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.clusterconfig import ClusterConfig
+from raytune_ds.compatible import conflicts
 from raytune_ds.section import Count, Section, Text, about, without_credentials
 from raytune_ds.sweepconfig import SweepConfig
 
@@ -78,8 +79,11 @@ class ModelConfig(Section):
         description="Number format of the weights. auto: bfloat16 where the hardware computes in it, "
         "otherwise float32.",
     )
-    quantization: Literal["none"] = Field(
-        default="none", description="Quantization of the frozen weights. none: they keep model.dtype."
+    quantization: Literal["none", "nf4", "int8", "int4", "fp8"] = Field(
+        default="none",
+        description="Quantization of the frozen linear layers and routed experts, from which values are made as they "
+        "are needed. none: they keep model.dtype; nf4: 4 bits with double quantisation, as QLoRA has it; int8: 8 bits "
+        "(both by bitsandbytes); int4, fp8: 4-bit integers, 8-bit floats (torchao).",
     )
     attention: Literal["auto", "varlen", "sdpa"] = Field(
         default="auto",
@@ -376,6 +380,12 @@ class TrainConfig(Section):
         description="AdamW's decoupled weight decay, a factor per optimizer step and unit of learning "
         "rate. 0: a low-rank adapter is regularised by its rank.",
     )
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        default="adamw_torch",
+        description="AdamW, as the Hugging Face trainer names it. adamw_torch: moments in float32; adamw_8bit: in 8 "
+        "bits (bitsandbytes), a quarter of their memory; paged_adamw_8bit: which also go to host memory where a CUDA "
+        "GPU is full. Checkpoints hold float32 whichever it is. adamw_torch: an adapter's moments are small.",
+    )
     adam_beta1: float = Field(
         default=0.9, ge=0, lt=1, description="AdamW's decay factor of the first moment; the customary value."
     )
@@ -428,6 +438,11 @@ class TrainConfig(Section):
         description="Optimizer steps between two points of the trackers' curves; metrics.jsonl has every step. "
         "1: a step takes long enough for that.",
     )
+
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _one_name_for_one_thing(cls, optim: Any) -> Any:
+        return "adamw_8bit" if optim == "adamw_bnb_8bit" else optim
 
     @field_validator("micro_batch")
     @classmethod
@@ -642,6 +657,31 @@ class Config(Section):
         default=SweepConfig(),
         description="What `python -m raytune_ds.sweep` searches; a run does not look at it.",
     )
+
+    @field_validator("adapter")
+    @classmethod
+    def _adapter_goes_with_the_model(cls, adapter: AdapterConfig, info: ValidationInfo) -> AdapterConfig:
+        model = info.data.get("model")
+        if model is not None:
+            chosen = {"adapter.kind": adapter.kind, "model.quantization": model.quantization}
+            for reason in conflicts(chosen, "adapter.kind"):
+                raise about("kind", reason)
+        return adapter
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_goes_with_the_optimizer(cls, engine: EngineConfig, info: ValidationInfo) -> EngineConfig:
+        train = info.data.get("train")
+        if train is not None:
+            kind = "zero" if engine.asks_for_zero else engine.kind
+            chosen = {"train.optim": train.optim, "engine.kind": kind}
+            for reason in conflicts(chosen, "engine.kind"):
+                raise about("kind", reason)
+            for reason in conflicts(
+                {"train.optim": train.optim, "engine.offload": str(engine.offload)}, "engine.offload"
+            ):
+                raise about("offload", reason)
+        return engine
 
     @field_validator("scaling")
     @classmethod

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.config import ModelConfig
-from raytune_ds.model import adapters
+from raytune_ds.model import adapters, quantize
 from raytune_ds.model.allocation import RankAllocation, allocation_of
 from raytune_ds.model.initial import Initial, adapted
 from raytune_ds.model.load import hold_in, own_attention, packed_attention, parts, runs_on_packs, skeleton
@@ -61,6 +61,7 @@ def build(
     autocast: bool = True,
     revision: str | None = None,
     initial: Initial | None = None,
+    device: torch.device | None = None,
 ) -> Built:
     """What a config trains.
 
@@ -74,6 +75,7 @@ def build(
         autocast: parameters are computed with in `dtype` whatever they are held in.
         revision: the commit of a model of the hub.
         initial: what the adapter begins with, where that is not drawn.
+        device: quantizes, where `config.quantization` asks for it; the CPU by default.
 
     Raises:
         UserError: the model can't be loaded, or a target matches nothing.
@@ -93,13 +95,15 @@ def build(
             gradient_checkpointing_kwargs={"use_reentrant": False, "determinism_check": "none"}
         )
     torch.manual_seed(seed)
+    packings = quantize.packings(base, config.quantization).values()
     ready = adapted(base, adapter, trained_dtype, initial)
     head = adapters.trained_part(base.get_output_embeddings())
     module = PackedLM(ready, decoder, head, dtype, autocast, end_to_end)
     _keep_routers_precise(base)
+    read = _Initial(module, names, weights, initial, adapter.changes_base)
     return Built(
         module=module,
-        read=_Initial(module, names, weights, initial, adapter.changes_base),
+        read=quantize.PackedWeights(read, quantize.hold(module, packings), device),
         blocks=_blocks(base),
         base=base,
         trained={name: p.shape for name, p in module.named_parameters() if p.requires_grad},

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from raytune_ds.model.build import Built
+from raytune_ds.model.quantize import logical_shapes
 
 FORWARD, FROZEN, TRAINED = 2, 4, 6
 _NUM_EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
@@ -72,20 +72,24 @@ class Flops:
         head, embedding = built.base.get_output_embeddings(), built.base.get_input_embeddings()
         apart = {id(head.weight), id(embedding.weight)}
         active = _active_experts(built.base.config)
+        quantized = logical_shapes(built.module)
         body = sum(
-            _of_matrix(name, parameter) * (active if "experts" in name.split(".") else 1.0)
+            _of_matrix(name, quantized.get(name, parameter.shape), parameter.requires_grad)
+            * (active if "experts" in name.split(".") else 1.0)
             for name, parameter in built.module.named_parameters()
             if id(parameter) not in apart
         )
-        return Flops(per_token=body, per_target=_of_matrix("head", head.weight))
+        return Flops(
+            per_token=body, per_target=_of_matrix("head", head.weight.shape, head.weight.requires_grad)
+        )
 
 
-def _of_matrix(name: str, parameter: nn.Parameter) -> float:
-    if parameter.ndim < 2:
+def _of_matrix(name: str, shape: torch.Size, trained: bool) -> float:
+    if len(shape) < 2:
         return 0.0
     if "indexer" in name.split("."):  # what is attended to is chosen without a way back
-        return parameter.numel() * FORWARD
-    return parameter.numel() * (TRAINED if parameter.requires_grad else FROZEN)
+        return shape.numel() * FORWARD
+    return shape.numel() * (TRAINED if trained else FROZEN)
 
 
 def _active_experts(config: Any) -> float:

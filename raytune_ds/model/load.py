@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,20 @@ from accelerate import init_empty_weights
 from huggingface_hub import is_offline_mode
 from safetensors import SafetensorError
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
 from raytune_ds import hub
 from raytune_ds.config import ModelConfig
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 from raytune_ds.errors import UserError
-from raytune_ds.model import attention, weights
+from raytune_ds.model import attention, quantize, weights
 
 # What `PackedLM`, which makes logits itself, leaves out.
 UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -94,16 +100,93 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         raise UserError(f"model.name = {config.name}: can't be loaded: {_first_line(error)}") from error
 
 
-def load_for_generation(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model with attention that has a key/value cache, on `device`.
+def load_for_generation(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, adapter: Path | None = None
+) -> Any:
+    """The model with attention that has a key/value cache, on `device`; quantized as it was in training.
+
+    Args:
+        config: names it.
+        dtype: that is computed in.
+        device: where it goes.
+        adapter: a peft directory, to be put around it.
+
+    Returns:
+        A transformers model, or a peft model around one, in evaluation mode.
 
     Raises:
-        UserError: it can't be loaded.
+        UserError: it can't be loaded, or what quantizes it is not installed.
     """
+    if config.quantization != "none":
+        return _quantized(config, dtype, device, adapter).eval()
     attention = own_attention(config)
     model = _from_pretrained(config, dtype=dtype, attn_implementation=attention, device_map={"": device})
     _grow(model, config)
-    return model.eval()
+    return (model if adapter is None else _adapted(model, adapter)).eval()
+
+
+def _adapted(model: PreTrainedModel, adapter: Path) -> torch.nn.Module:
+    from peft import PeftModel
+
+    with standing_in(model):
+        return PeftModel.from_pretrained(model, str(adapter))
+
+
+@contextlib.contextmanager
+def standing_in(model: torch.nn.Module) -> Iterator[None]:
+    """Parameters on the meta device are stood in for by real ones of a single number each.
+
+    Peft puts an adapter on the device of what it adapts, and one on the meta device has no weights.
+    """
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_meta
+    ]
+    for module, name, parameter in places:
+        number = torch.zeros((), dtype=parameter.dtype)
+        module._parameters[name] = torch.nn.Parameter(number.expand(parameter.shape), requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+
+def _quantized(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, adapter: Path | None
+) -> torch.nn.Module:
+    """One parameter is read after the other, so that the model is never there but quantized.
+
+    transformers itself would leave fused routed experts as they are. The adapter comes first, as in training: peft does
+    not find all parameters of modules that are quantized.
+    """
+    base = skeleton(config, own_attention(config)).requires_grad_(False)
+    folder = weights.locate(config, None)
+    opened = weights.open_weights(folder, base)
+    for name, buffer in base.named_buffers():
+        if name in opened:
+            buffer.copy_(opened(name, 0, buffer.numel()).view_as(buffer))
+    hold_in(base, dtype)
+    packings = quantize.packings(base, config.quantization).values()
+    names = {id(parameter): name for name, parameter in base.named_parameters()}
+    if (folder / "generation_config.json").is_file():
+        base.generation_config = GenerationConfig.from_pretrained(folder)
+    model: torch.nn.Module = base if adapter is None else _adapted(base, adapter)
+    originals = {name: names[id(p)] for name, p in model.named_parameters() if id(p) in names}
+    read = quantize.PackedWeights(
+        lambda name, start, stop: opened(originals[name], start, stop), quantize.hold(model, packings), device
+    )
+    for name, parameter in model.named_parameters():
+        if quantize.plain_name(name) in originals:
+            value = read(name, 0, parameter.numel()).view(parameter.shape).to(device, parameter.dtype)
+        else:
+            value = parameter.detach().to(device)
+        torch.utils.swap_tensors(parameter, torch.nn.Parameter(value, requires_grad=False))
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    return model
 
 
 def skeleton(config: ModelConfig, attention: str | None = None) -> PreTrainedModel:

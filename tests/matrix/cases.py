@@ -46,6 +46,7 @@ class Case:
     Attributes:
         dtype: that is computed in.
         given: a ds_config.json's content.
+        quantization: of the base model.
         start: a checkpoint of `start_step` steps to go on from; none: from the beginning.
         save: where to leave a checkpoint after `stop` steps.
     """
@@ -60,6 +61,7 @@ class Case:
     start_step: int = 0
     stop: int = STEPS
     save: str | None = None
+    quantization: str = "none"
 
     @property
     def settings(self) -> EngineConfig:

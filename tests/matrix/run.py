@@ -95,7 +95,7 @@ def run_case(case: Case, folder: Path, rank: int) -> Trace:
     world = World(rank, case.world, torch.device("cpu"))
     dtype = getattr(torch, case.dtype)
     built = build(
-        ModelConfig(name=str(folder)),
+        ModelConfig(name=str(folder), quantization=case.quantization),
         case.adapter,
         seed=0,
         dtype=dtype,

@@ -19,7 +19,8 @@ ROOT = Path(raytune_ds.__file__).parent
 # From the ground up. A package's own __init__ counts as one module; those of the first line import nothing at all.
 ROOMS = """
     raytune_ds data model demo sweep verbs
-    errors storage tensorfile console hub section servable clusterconfig sweepconfig adapterconfig config keys aliases
+    errors storage tensorfile console hub section servable clusterconfig sweepconfig compatible adapterconfig config keys
+    aliases
     yamlfile problems compose naming confighelp plan command
     deploy deploy.instances deploy.layout deploy.kubernetes deploy.render deploy.spot_aws deploy.spot_gcp
     lease demo.data data.values data.conversation data.demonstrations data.preferences data.formats
@@ -29,13 +30,13 @@ ROOMS = """
     data.job data.chunks data.fit data.scatter data.duplicates data.gate data.buckets data.batch data.stream
     data.prepare data.show data.sample data.spelled data.page
     world rundir watch downtime stacks
-    model.tiny model.attention model.packed model.weights model.load model.anatomy model.targets model.adapters
-    model.allocation model.initial model.adapterreport model.build model.flops
+    model.tiny model.attention model.packed model.weights model.lowbits model.quantize model.load model.anatomy
+    model.targets model.adapters model.allocation model.initial model.adapterreport model.build model.flops
     schedule guard bysource
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
     engines.ds.stage engines.ds.autos engines.ds.config
-    engines.choose engines.fill engines engines.adamw engines.ddp engines.fsdp engines.zero
+    engines.choose engines.fill engines engines.adamw engines.eightbit engines.ddp engines.fsdp engines.zero
     checkpoint saver tracking modelcard modelfiles wrapped merge combine logits tuned gguf push
     export loop assignment hooks worker
     sampling decode generate prompts terminal
@@ -58,7 +59,7 @@ ROOMS = """
 """.split()
 
 LIGHT = """
-    errors storage console hub section clusterconfig sweepconfig adapterconfig config keys aliases yamlfile
+    errors storage console hub section clusterconfig sweepconfig compatible adapterconfig config keys aliases yamlfile
     problems compose naming
     confighelp plan command deploy deploy.instances deploy.layout deploy.kubernetes deploy.render demo.data
     data.values data.conversation data.demonstrations data.preferences data.formats
