@@ -33,14 +33,18 @@ class AdamW:
         """
         self.parameters = parameters
         self._max_grad_norm = config.max_grad_norm
-        self._optimizer = torch.optim.AdamW(
-            groups_of(parameters, config.weight_decay, lr_scales), **adamw_settings(config)
+        self._optimizer = self._make(config, lr_scales)
+
+    def _make(self, config: TrainConfig, lr_scales: Mapping[str, float]) -> torch.optim.Optimizer:
+        made = torch.optim.AdamW(
+            groups_of(self.parameters, config.weight_decay, lr_scales), **adamw_settings(config)
         )
-        for parameter in parameters.values():
-            self._optimizer.state[parameter] = {
+        for parameter in self.parameters.values():
+            made.state[parameter] = {
                 "step": torch.zeros((), device=local(parameter).device),
                 **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
             }
+        return made
 
     @property
     def updates(self) -> int:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from raytune_ds.engines import Piece, StepResult, Task
-from raytune_ds.engines.adamw import AdamW
+from raytune_ds.engines.eightbit import adamw_of
 from raytune_ds.engines.fill import fill, hand_out
 from raytune_ds.model.weights import Read
 
@@ -31,7 +31,7 @@ class DdpEngine:
         fill(self.module, task.built.read, task.world)
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self._gradient = flat_gradient(trained.values(), task.world.device)
-        self._adamw = AdamW(trained, task.train, task.built.lr_scales)
+        self._adamw = adamw_of(trained, task.train, task.built.lr_scales)
         self._allocation = task.built.allocation
 
     @property

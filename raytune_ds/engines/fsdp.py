@@ -23,7 +23,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from raytune_ds.engines import Piece, StepResult, Task
-from raytune_ds.engines.adamw import AdamW, local
+from raytune_ds.engines.adamw import local
+from raytune_ds.engines.eightbit import adamw_of
 from raytune_ds.model.weights import Read
 
 
@@ -42,7 +43,7 @@ class FsdpEngine:
             _read_part(local(parameter.detach()), parameter, name, task.built.read)
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self._rows_before = {name: _first_row(parameter) for name, parameter in trained.items()}
-        self._adamw = AdamW(trained, task.train, task.built.lr_scales)
+        self._adamw = adamw_of(trained, task.train, task.built.lr_scales)
 
     @property
     def updates(self) -> int:
