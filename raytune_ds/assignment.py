@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "activation_checkpointing",
     "eval_steps",
     "logging_steps",
+    "optim",
     "loss_spike_factor",
     "max_skipped_steps",
     "on_skipped_steps",
@@ -43,12 +44,16 @@ class Base:
         revision: the commit, if it is of the hub.
         total: its parameters, with those of an adapter.
         trainable: those of them that are trained.
+        quantized: those of them that are held in few bits.
+        quantized_bytes: what these take.
     """
 
     fingerprint: str
     revision: str | None
     total: int
     trainable: int
+    quantized: int = 0
+    quantized_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,8 @@ class Assignment:
             "run.seed": config.run.seed,
             "model.weights": self.base.fingerprint,
             "model.dtype": self.model.dtype,
+            # Not there in checkpoints of before there was a choice.
+            "model.quantization": None if self.model.quantization == "none" else self.model.quantization,
             "adapter": config.adapter.model_dump(mode="json") if config.adapter.kind != "none" else None,
             "objective": config.objective.model_dump(mode="json"),
             "data": self.store.manifest.fingerprint,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from raytune_ds import hub, storage
 from raytune_ds.assignment import Base
+from raytune_ds.compatible import EIGHT_BIT, conflicts
 from raytune_ds.compose import replaced
 from raytune_ds.config import Config, ModelConfig
 from raytune_ds.console import say
@@ -20,7 +21,7 @@ from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 from raytune_ds.demo.data import domain_rows, write_rows
 from raytune_ds.engines.ds import config as dsconfig
 from raytune_ds.errors import UserError
-from raytune_ds.model import adapterreport
+from raytune_ds.model import adapterreport, quantize
 from raytune_ds.model.adapterreport import AdapterReport
 from raytune_ds.model.load import skeleton
 from raytune_ds.model.weights import fingerprint
@@ -66,6 +67,7 @@ def check(config: Config, to_train: bool = True) -> Checked:
     _check_name(config, root)
     _check_trackers(config)
     ds_config = _check_engine(config)
+    _check_optimizer(config)
     config = _with_default_data(config, root)
     inputs = Inputs.find(config.data)
     inputs.require_formats_of(config.objective.kind, to_train)
@@ -75,7 +77,7 @@ def check(config: Config, to_train: bool = True) -> Checked:
     base_model = skeleton(model)
     config = _with_trained_tokens(config, base_model)
     report = adapterreport.report(base_model, config.adapter)
-    base = Base(*_identity(model), report.total, report.trainable)
+    base = Base(*_identity(model), report.total, report.trainable, *_quantized(base_model, model))
     tokenizer = TokenizerSpec.of(model, config.data.chat_template)
     load_tokenizer(tokenizer)
     return Checked(config, root, inputs, model, tokenizer, report, base, ds_config)
@@ -93,8 +95,12 @@ def vary(base: Checked, config: Config) -> Checked:
     inputs.require_formats_of(config.objective.kind)
     model = base.model if same_model else _located(config, inputs, base.root)
     same_adapter = same_model and config.adapter == base.config.adapter
-    report = base.report if same_adapter else adapterreport.report(skeleton(model), config.adapter)
-    weights = base.base if same_model else Base(*_identity(model), report.total, report.trainable)
+    base_model = None if same_adapter else skeleton(model)
+    report = base.report if base_model is None else adapterreport.report(base_model, config.adapter)
+    weights = base.base
+    if base_model is not None and not same_model:
+        quantized = _quantized(base_model, model)
+        weights = Base(*_identity(model), report.total, report.trainable, *quantized)
     return Checked(
         config=config,
         root=base.root,
@@ -165,6 +171,28 @@ def _check_engine(config: Config) -> dict[str, Any] | None:
     given = dsconfig.load(engine.config) if engine.config is not None else None
     dsconfig.check(given, config.train, engine, dtype=config.model.dtype)
     return given
+
+
+def _quantized(base_model: PreTrainedModel, model: ModelConfig) -> tuple[int, int]:
+    """How many parameters are held in few bits, and what they take.
+
+    Raises:
+        UserError: what does it is not installed.
+    """
+    held = quantize.packings(base_model, model.quantization).values()
+    return sum(packing.shape.numel() for packing in held), sum(packing.nbytes for packing in held)
+
+
+def _check_optimizer(config: Config) -> None:
+    """Raises UserError where what 8-bit AdamW comes from is not installed, or can't be what it is asked to."""
+    optim = config.train.optim
+    if optim in EIGHT_BIT and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"train.optim = {optim}: bitsandbytes is not installed; pip install 'raytune_ds[quantization]'"
+        )
+    if config.scaling.use_gpu is False:
+        for reason in conflicts({"train.optim": optim, "device": "cpu"}):
+            raise UserError(f"{reason} (scaling.use_gpu is false)")
 
 
 def _identity(model: ModelConfig) -> tuple[str, str | None]:

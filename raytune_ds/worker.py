@@ -198,6 +198,9 @@ def _choose(assignment: Assignment, world: World, dtype: torch.dtype) -> Choice:
         memory=world.least_memory(),
         world_size=world.size,
         gpu=world.device.type == "cuda",
+        quantized=base.quantized,
+        quantized_bytes=base.quantized_bytes,
+        optim=assignment.config.train.optim,
     )
 
 
@@ -250,6 +253,7 @@ def _build(
         autocast=engines.wants_autocast(choice.kind),
         revision=base.revision,
         initial=begun,
+        device=world.device,
     )
 
 

@@ -14,7 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from raytune_ds.compatible import conflicts
 from raytune_ds.config import EngineConfig, TrainConfig
+from raytune_ds.errors import UserError
 from raytune_ds.model.build import Built
 from raytune_ds.model.weights import Read
 from raytune_ds.world import World
@@ -153,8 +155,10 @@ def prepare(
     """Tries what may fail in one process and not in another, before they wait for each other.
 
     Raises:
-        UserError: the engine can't run here.
+        UserError: the engine, or the optimizer, can't run here.
     """
+    for reason in conflicts({"train.optim": train.optim, "engine.kind": kind, "device": device.type}):
+        raise UserError(reason)
     if kind == "zero":
         from raytune_ds.engines import zero
         from raytune_ds.engines.ds import config as dsconfig

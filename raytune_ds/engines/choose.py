@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raytune_ds.compatible import EIGHT_BIT, conflicts
 from raytune_ds.config import EngineConfig
 
 # Float32 parameters and gradients, and AdamW's two moments.
 BYTES_TRAINED = 16
+# The same with moments in 8 bits.
+BYTES_TRAINED_8BIT = 10
 # Parameters and moments, in the copy that a checkpoint is written from.
 BYTES_COPIED = 12
 # What activations, the allocator and the libraries leave of a worker's memory.
@@ -31,6 +34,9 @@ def choose(
     memory: int,
     world_size: int,
     gpu: bool,
+    quantized: int = 0,
+    quantized_bytes: int = 0,
+    optim: str = "adamw_torch",
 ) -> Choice:
     """The engine that `engine.kind` names, or the simplest one that fits.
 
@@ -38,18 +44,22 @@ def choose(
         config: of the run.
         total: parameters of the model.
         trainable: those of them that are trained.
-        frozen_bytes: bytes of a frozen parameter.
+        frozen_bytes: bytes of a frozen parameter that is not quantized.
         memory: bytes that the worker with the least of it has.
         world_size: number of workers.
         gpu: workers have GPUs, and host memory beside theirs.
+        quantized: parameters that are held in few bits.
+        quantized_bytes: what these take.
+        optim: as `train.optim`.
     """
     if config.kind != "auto":
         return Choice(config.kind, config, "engine.kind says so")
     if config.asks_for_zero:
         return Choice("zero", config, "engine.stage, config or offload=optimizer asks for DeepSpeed")
     # Where workers compute in host memory, the copy that a checkpoint is written from lies in it too.
-    trained_bytes = BYTES_TRAINED if gpu else BYTES_TRAINED + BYTES_COPIED
-    needed = (total - trainable) * frozen_bytes + trainable * trained_bytes
+    trained_bytes = (BYTES_TRAINED_8BIT if optim in EIGHT_BIT else BYTES_TRAINED) + BYTES_COPIED * (not gpu)
+    frozen = (total - trainable - quantized) * frozen_bytes + quantized_bytes
+    needed = frozen + trainable * trained_bytes
     sizes = f"weights, gradients and optimizer state take {_gib(needed)}, a worker has {_gib(memory)}"
     if config.offload == "parameters":
         return Choice("fsdp", config, "it offloads parameters")
@@ -57,7 +67,8 @@ def choose(
         return Choice("ddp", config, sizes)
     if world_size > 1 and needed / world_size <= USABLE * memory:
         return Choice("fsdp", config, f"{sizes}, so {world_size} workers share them")
-    if gpu and config.offload is None:
+    may_offload = not [*conflicts({"train.optim": optim, "engine.offload": "parameters"})]
+    if gpu and config.offload is None and may_offload:
         offloading = config.model_copy(update={"offload": "parameters"})
         return Choice(
             "fsdp", offloading, f"{sizes}, so they are kept in host memory; more workers would be faster"
