@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 
 from raytune_ds import network, storage
@@ -35,7 +36,7 @@ def examine(address: str | None, root: str) -> list[Finding]:
         root: `run.storage`, absolute.
     """
     gpus = check_gpus()
-    findings = [*check_versions(), gpus]
+    findings = [*check_versions(), *check_low_bits(), gpus]
     if gpus.status != "absent":
         findings += [check_torch_cuda(), check_cuda_toolkit(os.environ)]
     findings += [
@@ -60,6 +61,18 @@ def check_versions() -> Iterator[Finding]:
             )
         else:
             yield Finding(name, "ok", version)
+
+
+def check_low_bits() -> Iterator[Finding]:
+    """What holds weights and moments in few bits, where it is installed."""
+    for package, extra, gives in (
+        ("bitsandbytes", "quantization", "model.quantization=nf4 or int8, and AdamW in 8 bits"),
+        ("torchao", "torchao", "model.quantization=int4 or fp8"),
+    ):
+        if importlib.util.find_spec(package) is None:
+            yield Finding(package, "absent", "none", f"pip install 'raytune_ds[{extra}]' gives {gives}")
+        else:
+            yield Finding(package, "ok", metadata.version(package))
 
 
 def run_command(command: list[str]) -> str:

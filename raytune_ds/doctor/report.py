@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+from raytune_ds.compatible import matrix
 from raytune_ds.console import say, table
 from raytune_ds.doctor.finding import Finding
 
@@ -19,9 +20,17 @@ def exit_code(findings: Mapping[str, Sequence[Finding]]) -> int:
 
 
 def as_json(findings: Mapping[str, Sequence[Finding]]) -> str:
-    """One object: `ok`, and of each node its findings."""
+    """One object: `ok`, of each node its findings, and what goes with what."""
     nodes = {node: [asdict(finding) for finding in of_node] for node, of_node in findings.items()}
-    return json.dumps({"ok": exit_code(findings) == 0, "nodes": nodes}, indent=2, ensure_ascii=False)
+    columns, rows, notes = matrix()
+    goes_with = {row[0]: dict(zip(columns[1:], row[1:], strict=True)) for row in rows}
+    told = {
+        "ok": exit_code(findings) == 0,
+        "nodes": nodes,
+        "goes_with": goes_with,
+        "notes": notes,
+    }
+    return json.dumps(told, indent=2, ensure_ascii=False)
 
 
 def show(findings: Mapping[str, Sequence[Finding]]) -> None:
@@ -37,6 +46,14 @@ def show(findings: Mapping[str, Sequence[Finding]]) -> None:
         say(f"{counts['bad']} to mend, {counts['warn']} to know of")
     else:
         say("nothing to mend")
+
+
+def show_matrix() -> None:
+    """What goes with what, and why the rest does not."""
+    columns, rows, notes = matrix()
+    table("what goes with what", columns, rows)
+    for note in notes:
+        say(note, style="dim")
 
 
 def rows_of(findings: Mapping[str, Sequence[Finding]]) -> list[tuple[str, Finding]]:

@@ -9,7 +9,7 @@ from raytune_ds import storage
 from raytune_ds.config import Config
 from raytune_ds.console import err
 from raytune_ds.doctor.finding import Finding
-from raytune_ds.doctor.report import as_json, exit_code, show
+from raytune_ds.doctor.report import as_json, exit_code, show, show_matrix
 from raytune_ds.errors import UserError
 
 
@@ -34,6 +34,7 @@ def doctor(config: Config, *, on_cluster: bool, json: bool, debug: bool) -> int:
         sys.stdout.write(as_json(findings) + "\n")
     else:
         show(findings)
+        show_matrix()
     return exit_code(findings)
 
 

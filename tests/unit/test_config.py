@@ -152,7 +152,7 @@ def test_unknown_keys_are_refused(section: str) -> None:
         ("run.resume", ["yes"], ["auto", "never", "must"]),
         ("model.name", ["", "tiny:gpt2"], [*c.TINY_MODELS, "org/name", "./dir"]),
         ("model.dtype", ["float16"], ["auto", "float32", "bfloat16"]),
-        ("model.quantization", ["nf4"], ["none"]),
+        ("model.quantization", ["nf2", "4bit"], ["none", "nf4", "int8", "int4", "fp8"]),
         ("model.attention", ["flash"], ["auto", "varlen", "sdpa"]),
         ("adapter.kind", ["", "LoRA", "lo ra"], ["lora", "none", "vera", "ia3"]),
         ("adapter.layers", [[-1], [[3, 1]], 4, "all"], [None, (0,), (0, (2, 5))]),

@@ -105,6 +105,21 @@ def test_a_storage_that_can_not_be_written(capsys: pytest.CaptureFixture[str], t
     (findings,) = told["nodes"].values()
     assert told["ok"] is False
     assert [f["name"] for f in findings if f["status"] == "bad"] == ["run.storage"]
+    assert told["goes_with"]["nf4 + adapter"]["ddp"] == "yes"
+
+
+def test_what_goes_with_what_is_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["doctor", f"run.storage={tmp_path}"]) in (0, 2)
+    shown = capsys.readouterr().out
+    assert "what goes with what" in shown
+    assert "(1) a quantized weight can't be trained itself" in shown
+
+
+def test_what_holds_weights_in_few_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    found = {f.name: f for f in checks.check_low_bits()}
+    assert {f.status for f in found.values()} == {"absent"}
+    assert "raytune_ds[quantization]" in found["bitsandbytes"].advice
 
 
 def test_the_doctor_of_one_node_needs_neither_ray_nor_torch(tmp_path: Path) -> None:
