@@ -47,7 +47,7 @@ class Nf4(LowBits):
 
     package, extra = "bitsandbytes", "quantization"
     BLOCK, NESTED = 64, 256
-    _PIECE = 1 << 22
+    _PIECE = 1 << 20
 
     def nbytes(self, shape: Sequence[int]) -> int:
         """See LowBits."""
