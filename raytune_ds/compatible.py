@@ -33,6 +33,11 @@ RULES = (
         "a quantized weight can't be trained itself; take an adapter, or model.quantization=none",
     ),
     Rule(
+        {"model.quantization": QUANTIZED, "adapter.init_lora_weights": frozenset({"pissa", "olora"})},
+        "what it begins with is taken out of the base before that is quantized, so that final/ would fit no quantized "
+        "base that others have; take loftq or default",
+    ),
+    Rule(
         {"train.optim": EIGHT_BIT, "engine.kind": frozenset({"zero"})},
         "DeepSpeed keeps the moments itself, in float32; take engine.kind=ddp or fsdp, or train.optim=adamw_torch",
     ),
@@ -62,6 +67,7 @@ OTHERS: Mapping[str, Mapping[str, str]] = {
         for name in ("nf4", "int8", "int4", "fp8")
     },
     "quantized, no adapter": {"model.quantization": "nf4", "adapter.kind": "none"},
+    "quantized + pissa, olora": {"model.quantization": "nf4", "adapter.init_lora_weights": "pissa"},
     "adamw_torch": {"train.optim": "adamw_torch"},
     "adamw_8bit": {"train.optim": "adamw_8bit"},
     "paged_adamw_8bit": {"train.optim": "paged_adamw_8bit", "device": "cuda"},

@@ -666,6 +666,12 @@ class Config(Section):
             chosen = {"adapter.kind": adapter.kind, "model.quantization": model.quantization}
             for reason in conflicts(chosen, "adapter.kind"):
                 raise about("kind", reason)
+            begins = {
+                "adapter.init_lora_weights": adapter.init_lora_weights.partition("_")[0],
+                "model.quantization": model.quantization,
+            }
+            for reason in conflicts(begins, "adapter.init_lora_weights"):
+                raise about("init_lora_weights", reason)
         return adapter
 
     @field_validator("engine")

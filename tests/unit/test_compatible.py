@@ -34,6 +34,14 @@ def test_every_reason_comes_at_once() -> None:
     assert "does not go with train.optim=adamw_8bit: DeepSpeed keeps the moments itself" in message
 
 
+@pytest.mark.parametrize("begins", ["pissa", "pissa_niter_4", "olora"])
+def test_nothing_is_taken_out_of_a_base_that_is_then_quantised(begins: str) -> None:
+    message = refusal("model.quantization=nf4", f"adapter.init_lora_weights={begins}")
+    assert "adapter.init_lora_weights" in message
+    assert "take loftq or default" in message
+    compose([], ["model.quantization=nf4", "adapter.init_lora_weights=loftq"])
+
+
 @pytest.mark.parametrize("asked", ["engine.stage=2", "engine.offload=optimizer", "engine.kind=zero"])
 def test_whatever_asks_for_deepspeed_is_refused_an_optimizer_of_its_own(asked: str) -> None:
     assert "DeepSpeed keeps the moments itself" in refusal("train.optim=paged_adamw_8bit", asked)

@@ -76,6 +76,7 @@ DEFAULTS = {
         "warmup_ratio": 0.03,
         "warmup_steps": None,
         "weight_decay": 0.0,
+        "optim": "adamw_torch",
         "adam_beta1": 0.9,
         "adam_beta2": 0.999,
         "adam_epsilon": 1e-8,
