@@ -19,6 +19,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -207,10 +208,17 @@ def _name_for_peft(chain: Any) -> None:
 
     It would stay otherwise, and be added once more with every forward pass.
     """
+    looked_for = _looked_for()
+    if not isinstance(chain[-1], looked_for):
+        chain[-1] = looked_for(chain[-1])
+
+
+@cache
+def _looked_for() -> type[nn.Module]:
     from peft.tuners.lora.layer import _LoraParameterProxy
 
     class Known(_LoraParameterProxy):
-        """An adapter's part of a parameter, under the name that peft knows it by."""
+        """An adapter's part of a parameter, as a class that peft knows."""
 
         def __init__(self, proxy: nn.Module) -> None:
             super().__init__(None)
@@ -220,8 +228,7 @@ def _name_for_peft(chain: Any) -> None:
             """See the proxy."""
             return self.proxy(W)
 
-    if not isinstance(chain[-1], _LoraParameterProxy):
-        chain[-1] = Known(chain[-1])
+    return Known
 
 
 # ----------------------------------------------------------------------------------------------- reading

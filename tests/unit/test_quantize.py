@@ -19,6 +19,7 @@ from raytune_ds.engines.fill import fill
 from raytune_ds.errors import UserError
 from raytune_ds.model import lowbits, quantize
 from raytune_ds.model.build import Built, build
+from raytune_ds.model.flops import Flops
 from raytune_ds.model.load import hold_in, load_for_generation, skeleton
 from raytune_ds.model.lowbits import low_bits
 from raytune_ds.model.weights import open_weights
@@ -144,6 +145,11 @@ def test_head_and_embedding_keep_their_dtype(folders: dict[str, Path]) -> None:
     made = built(folders["llama"], "nf4", HALF)
     assert made.base.get_output_embeddings().weight.dtype == HALF
     assert made.base.get_input_embeddings().weight.dtype == HALF
+
+
+@pytest.mark.parametrize("architecture", ["deepseek-v3", "qwen2"])
+def test_operations_are_counted_by_what_it_stands_for(folders: dict[str, Path], architecture: str) -> None:
+    assert Flops.of(built(folders[architecture], "nf4")) == Flops.of(built(folders[architecture], "none"))
 
 
 # ---- training -------------------------------------------------------------------------------------
