@@ -46,7 +46,12 @@ class Generator:
             UserError: it is no finished run, or its base model is gone.
         """
         final, config = finished(path)
-        return _of(final, ModelConfig(trust_remote_code=config["model"]["trust_remote_code"]), device)
+        of_run = config["model"]
+        quantized = of_run.get("quantization", "none") != "none"
+        # A base that is quantized is built as it was for training, with room for tokens that were added.
+        kept = ("quantization", "add_tokens", "add_special_tokens") if quantized else ()
+        how = {key: of_run[key] for key in ("trust_remote_code", *kept) if key in of_run}
+        return _of(final, ModelConfig.model_validate(how), device)
 
     @staticmethod
     def of_directory(path: Path, trust_remote_code: bool = False, device: str = "auto") -> Generator:
@@ -267,8 +272,10 @@ def _of(path: Path, config: ModelConfig, device: str) -> Generator:
         return Generator(_load(config.model_copy(update={"name": str(path)}), device), tokenizer)
     from peft import PeftModel
 
-    base = json.loads(adapter.read_text())["base_model_name_or_path"]
-    model = _load(config.model_copy(update={"name": base}), device)
+    config = config.model_copy(update={"name": json.loads(adapter.read_text())["base_model_name_or_path"]})
+    if config.quantization != "none":  # the adapter comes first there
+        return Generator(_load(config, device, path), tokenizer)
+    model = _load(config, device)
     _grow(model, len(tokenizer))
     return Generator(PeftModel.from_pretrained(model, str(path)).eval(), tokenizer)
 
@@ -284,9 +291,9 @@ def _grow(model: Any, num_tokens: int) -> None:
             module.weight[rows:] = module.weight[:rows].mean(0)
 
 
-def _load(config: ModelConfig, device: str) -> Any:
+def _load(config: ModelConfig, device: str, adapter: Path | None = None) -> Any:
     where = torch.device(_auto_device() if device == "auto" else device)
-    return load_for_generation(config, compute_dtype("auto", where), where)
+    return load_for_generation(config, compute_dtype("auto", where), where, adapter)
 
 
 def _auto_device() -> str:

@@ -11,8 +11,9 @@ import torch
 
 from raytune_ds import checkpoint, storage
 from raytune_ds.assignment import Assignment
-from raytune_ds.compose import replaced
+from raytune_ds.compose import dump, replaced
 from raytune_ds.data.store import Store
+from raytune_ds.generate import Generator
 from raytune_ds.model.load import load_for_generation
 from tests import alone
 from tests.alone import STEPS
@@ -33,6 +34,7 @@ def assignment(store: Store, model: Path, name: str, quantization: str = "nf4", 
     )
     # A rank that gives the 8-bit optimizer matrices large enough for it.
     config = replaced(made.config, model={"quantization": quantization}, adapter={"r": 32, "alpha": 64.0})
+    storage.write_bytes(made.run.config, dump(config).encode())
     return replace(made, config=config, model=config.model)
 
 
@@ -91,7 +93,9 @@ def test_final_is_an_adapter_of_the_base_that_it_was_trained_on(
             ).logits
             for config in (given.model, given.model.model_copy(update={"quantization": "none"}))
         )
+        answering = Generator.of_run(given.run.path, "cpu").model(input_ids=ids).logits
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(answering, found)
     assert not torch.allclose(other, expected, rtol=1e-2, atol=1e-2)
 
 
