@@ -19,9 +19,8 @@ ROOT = Path(raytune_ds.__file__).parent
 # From the ground up. A package's own __init__ counts as one module; those of the first line import nothing at all.
 ROOMS = """
     raytune_ds data model demo sweep verbs
-    errors storage tensorfile console hub section servable clusterconfig sweepconfig compatible adapterconfig config keys
-    aliases
-    yamlfile problems compose naming confighelp plan command
+    errors storage tensorfile console hub section servable clusterconfig sweepconfig compatible adapterconfig config
+    keys aliases yamlfile problems compose naming confighelp plan command
     deploy deploy.instances deploy.layout deploy.kubernetes deploy.render deploy.spot_aws deploy.spot_gcp
     lease demo.data data.values data.conversation data.demonstrations data.preferences data.formats
     data.sources data.readers_lines data.readers_json data.readers data.order data.labels data.packing
