@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
-from raytune_ds.model.load import skeleton
-from raytune_ds.model.weights import Weights, locate, open_weights
+from raytune_ds.model.load import compute_dtype, hold_in, skeleton
+from raytune_ds.model.quantize import dequantised
+from raytune_ds.model.weights import Read, Weights, locate, open_weights
 from raytune_ds.modelfiles import Compared
 from raytune_ds.wrapped import ADAPTER_FILE, Wrapped, load_adapter, plain_name, resize, vocabulary
 
@@ -38,7 +39,7 @@ class Merged:
         """Reads headers and the adapter, but no weight of the base model.
 
         Args:
-            model: the base model.
+            model: the base model; where it was quantised in training, the adapter is merged into what it saw then.
             adapter: a peft directory.
             revision: the commit of a base model of the hub.
 
@@ -48,7 +49,7 @@ class Merged:
         self.model = skeleton(model)
         self.folder = locate(model, revision)
         weights = open_weights(self.folder, self.model)
-        self._read, self._stored = weights, _shapes(self.model)
+        self._read, self._stored = _as_trained_on(weights, model), _shapes(self.model)
         self._dtypes = {name: weights.dtype(name) for name in self._stored if name in weights}
         self._source = {name: name for name in self._stored} | _tied(self.model)
         file = load_adapter(adapter / ADAPTER_FILE)
@@ -163,6 +164,20 @@ class Merged:
                         f"the vocabulary has grown to {rows} tokens, and the adapter does not hold the new rows of "
                         f"{name}: nobody knows what they were. Train it with that module among adapter.modules_to_save."
                     )
+
+
+def _as_trained_on(weights: Weights, model: ModelConfig) -> Read:
+    """The base model's weights as the adapter saw them: it makes up for what quantisation has changed."""
+    if model.quantization == "none":
+        return weights
+    base, device = skeleton(model), device_here()
+    hold_in(base, compute_dtype(model.dtype, device))
+    return dequantised(weights, base, model.quantization, device)
+
+
+def device_here() -> torch.device:
+    """Where quantised weights are computed with."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:

@@ -26,7 +26,7 @@ class Origin:
 
     Attributes:
         folder: the peft directory, or that of a whole model.
-        base: the base model of an adapter; None for a whole model.
+        base: the base model of an adapter, quantised as it was in training; None for a whole model.
         revision: the commit of a base model of the hub.
         facts: its lineage, name and value, for the model card.
         documents: token ids of what it was trained on; none if that is gone.
@@ -96,13 +96,17 @@ def of_adapters(
 
 def _origin(run: RunDir, config: Mapping[str, Any], folder: Path) -> Origin:
     identity, documents = _known(run)
-    weights = str(identity.get("model.weights", ""))
+    weights, quantization = (
+        str(identity.get("model.weights", "")),
+        config["model"].get("quantization", "none"),
+    )
     facts = [
         ("run", run.name),
         ("base model", str(config["model"]["name"])),
         ("base model's fingerprint", weights),
         ("data fingerprint", str(identity.get("data", ""))),
         ("seed", str(config["run"]["seed"])),
+        ("base model held in", "" if quantization == "none" else quantization),
     ]
     base, revision = None, None
     if (folder / "adapter_config.json").is_file():

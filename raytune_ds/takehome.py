@@ -34,7 +34,7 @@ from raytune_ds.modelfiles import Compared, ExportError, num_bytes, save_configs
 from raytune_ds.origin import Origin, base_folder
 from raytune_ds.push import push, token_for
 from raytune_ds.tensorfile import TensorFile
-from raytune_ds.tuned import load_tuned
+from raytune_ds.tuned import dtype_to_compare_in, load_tuned
 from raytune_ds.world import World
 from raytune_ds.wrapped import ADAPTER_FILE, load_adapter
 
@@ -205,6 +205,7 @@ def _merge(origin: Origin, request: Request, staging: Path) -> tuple[list[str], 
         size,
         origin.documents or _documents(tokenizer),
         origin.base.trust_remote_code,
+        dtype_to_compare_in(origin.base),
     )
     where = "text of the run's data" if origin.documents else "a built-in text"
     notes.append(f"compared with the adapter on its base model, {where}: {compared}")

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from raytune_ds.config import ModelConfig
 from raytune_ds.logits import load
-from raytune_ds.model.load import hold_in, load_config, skeleton
+from raytune_ds.merge import device_here
+from raytune_ds.model.load import compute_dtype, hold_in, load_config, load_for_generation, skeleton
 from raytune_ds.model.weights import locate, open_weights
 from raytune_ds.wrapped import put_on
 
@@ -20,14 +21,21 @@ def load_tuned(model: ModelConfig, revision: str | None, adapter: Path, dtype: t
     """The model in memory.
 
     Args:
-        model: the base model.
+        model: the base model; quantised as it was in training.
         revision: the commit of a base model of the hub.
         adapter: a peft directory.
         dtype: to compute in.
     """
+    if model.quantization != "none":
+        return load_for_generation(model, dtype, device_here(), adapter)
     if getattr(load_config(model), "quantization_config", None) is not None:
         return put_on(_as_read(model, revision, dtype), adapter)
     return put_on(load(model.name, dtype, model.trust_remote_code, revision=revision), adapter)
+
+
+def dtype_to_compare_in(model: ModelConfig) -> torch.dtype | None:
+    """Quantised weights are made values in what is computed in: the same here and in the merge; None: any will do."""
+    return None if model.quantization == "none" else compute_dtype(model.dtype, device_here())
 
 
 def _as_read(model: ModelConfig, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
