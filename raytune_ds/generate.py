@@ -46,12 +46,8 @@ class Generator:
             UserError: it is no finished run, or its base model is gone.
         """
         final, config = finished(path)
-        of_run = config["model"]
-        quantized = of_run.get("quantization", "none") != "none"
-        # A base that is quantized is built as it was for training, with room for tokens that were added.
-        kept = ("quantization", "add_tokens", "add_special_tokens") if quantized else ()
-        how = {key: of_run[key] for key in ("trust_remote_code", *kept) if key in of_run}
-        return _of(final, ModelConfig.model_validate(how), device)
+        names = ("trust_remote_code", "quantization", "add_tokens", "add_special_tokens")
+        return _of(final, ModelConfig(**{n: v for n, v in config["model"].items() if n in names}), device)
 
     @staticmethod
     def of_directory(path: Path, trust_remote_code: bool = False, device: str = "auto") -> Generator:
@@ -269,13 +265,14 @@ def _of(path: Path, config: ModelConfig, device: str) -> Generator:
     tokenizer = load_tokenizer(TokenizerSpec(str(path), None, config.trust_remote_code))
     adapter = path / "adapter_config.json"
     if not adapter.exists():
-        return Generator(_load(config.model_copy(update={"name": str(path)}), device), tokenizer)
+        whole = ModelConfig(name=str(path), trust_remote_code=config.trust_remote_code)
+        return Generator(_load(whole, device), tokenizer)
+    base = config.model_copy(update={"name": json.loads(adapter.read_text())["base_model_name_or_path"]})
+    if base.quantization != "none":
+        return Generator(_load(base, device, path), tokenizer)
     from peft import PeftModel
 
-    config = config.model_copy(update={"name": json.loads(adapter.read_text())["base_model_name_or_path"]})
-    if config.quantization != "none":  # the adapter comes first there
-        return Generator(_load(config, device, path), tokenizer)
-    model = _load(config, device)
+    model = _load(base.model_copy(update={"add_tokens": (), "add_special_tokens": ()}), device)
     _grow(model, len(tokenizer))
     return Generator(PeftModel.from_pretrained(model, str(path)).eval(), tokenizer)
 

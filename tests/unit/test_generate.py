@@ -438,3 +438,32 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path, capsys: pytest.Captu
     shown = capsys.readouterr().err
     assert "no such directory" in shown
     assert "neither an adapter nor a model" in shown
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "deepseek-v3"])
+def test_a_run_on_a_quantised_base_answers_on_it(
+    tiny_models: dict[str, Path], tmp_path: Path, architecture: str
+) -> None:
+    """Before and after training: both on the four bits that training saw."""
+    from raytune_ds.config import ModelConfig
+    from raytune_ds.model.load import load_for_generation
+
+    base = tiny_models[architecture]
+    run = as_run(tmp_path / "run", base, save_adapter(base, tmp_path / "adapter"))
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["quantization"] = "nf4"
+    (run / "config.json").write_text(json.dumps(config))
+    tuned, full = (
+        Generator.of_run(str(run), "cpu"),
+        Generator.of_directory(tmp_path / "adapter", device="cpu"),
+    )
+    conversations, how = [asked(q) for q in QUESTIONS], Sampling(12)
+    quantised = ModelConfig(name=str(base), quantization="nf4")
+    four_bits = load_for_generation(quantised, torch.float32, torch.device("cpu"))
+    before = list(tuned.base().answer(conversations, how))
+    assert before == list(Generator(four_bits, tuned.tokenizer).answer(conversations, how))
+    after = list(tuned.answer(conversations, how))
+    assert after != before
+    ids = torch.tensor([tuned.prompt_ids(conversations[1])])
+    with torch.no_grad():
+        assert (tuned.model(input_ids=ids).logits - full.model(input_ids=ids).logits).abs().max() > 1e-3
