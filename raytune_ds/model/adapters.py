@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from raytune_ds.adapterconfig import PLANNING, TOTAL_STEPS, AdapterConfig
 from raytune_ds.errors import UserError
+from raytune_ds.model.load import standing_in
 from raytune_ds.model.targets import NOT_IN_LAYERS, Chosen, choose, shortest_names
 from raytune_ds.section import as_mapping
 
@@ -219,35 +219,13 @@ def wrap(model: PreTrainedModel, made: Any, in_memory: bool = True) -> nn.Module
     if begins not in (None, "gaussian", "orthogonal"):
         made.init_lora_weights = True
     try:
-        with _standing_in(model) if in_memory else contextlib.nullcontext():
+        with standing_in(model) if in_memory else contextlib.nullcontext():
             return get_peft_model(model, made, low_cpu_mem_usage=not in_memory)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"adapter: peft refuses it: {_first_line(error)}") from error
     finally:
         if begins is not None:
             made.init_lora_weights = begins
-
-
-@contextlib.contextmanager
-def _standing_in(model: nn.Module) -> Iterator[None]:
-    """Parameters on the meta device are stood in for by real ones of a single number each; see the module."""
-    places = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.is_meta
-    ]
-    stand_ins = {
-        id(p): nn.Parameter(torch.zeros(()).expand(p.shape), requires_grad=False) for _, _, p in places
-    }
-    for module, name, parameter in places:
-        module._parameters[name] = stand_ins[id(parameter)]
-    try:
-        yield
-    finally:
-        for module, name, parameter in places:
-            parameter.requires_grad = stand_ins[id(parameter)].requires_grad
-            module._parameters[name] = parameter
 
 
 def trained_part(module: Any) -> nn.Module:

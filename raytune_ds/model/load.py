@@ -134,9 +134,10 @@ def _adapted(model: PreTrainedModel, adapter: Path) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def standing_in(model: torch.nn.Module) -> Iterator[None]:
-    """Parameters on the meta device are stood in for by real ones of a single number each.
+    """Parameters on the meta device are stood in for by real ones of a single number each, read as a whole matrix.
 
-    Peft puts an adapter on the device of what it adapts, and one on the meta device has no weights.
+    Peft puts an adapter on the device of what it adapts, and one on the meta device has no weights. The parameters are
+    the same objects afterwards, and trained where peft wants their stand-ins trained.
     """
     places = [
         (module, name, parameter)
@@ -144,13 +145,17 @@ def standing_in(model: torch.nn.Module) -> Iterator[None]:
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.is_meta
     ]
+    # Float32, whatever they are held in: peft draws adapters in the dtype of what they are put on.
+    stand_ins = {
+        id(p): torch.nn.Parameter(torch.zeros(()).expand(p.shape), requires_grad=False) for _, _, p in places
+    }
     for module, name, parameter in places:
-        number = torch.zeros((), dtype=parameter.dtype)
-        module._parameters[name] = torch.nn.Parameter(number.expand(parameter.shape), requires_grad=False)
+        module._parameters[name] = stand_ins[id(parameter)]
     try:
         yield
     finally:
         for module, name, parameter in places:
+            parameter.requires_grad = stand_ins[id(parameter)].requires_grad
             module._parameters[name] = parameter
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from raytune_ds.model.lowbits import low_bits
 from transformers import AutoTokenizer
 
 from raytune_ds import cli
 from raytune_ds.config import ModelConfig
 from raytune_ds.model.load import load_for_generation
+from raytune_ds.model.lowbits import low_bits
 from raytune_ds.origin import Origin
 from raytune_ds.takehome import Request, deliver
 from tests.unit.test_merge import EXPERTS, MLA, in_bfloat16, loaded, logits, lora, make_adapter
