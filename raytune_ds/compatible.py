@@ -38,6 +38,17 @@ RULES = (
         "base that others have; take loftq or default",
     ),
     Rule(
+        {
+            "adapter.init_lora_weights": frozenset({"loftq"}),
+            "model.quantization": frozenset({"none", *QUANTIZED - {"nf4"}}),
+        },
+        "it makes good what 4-bit NormalFloat loses; take model.quantization=nf4",
+    ),
+    Rule(
+        {"adapter.kind": frozenset({"adalora"}), "engine.kind": frozenset({"fsdp", "zero"})},
+        "which ranks are given up is found from whole gradients, and no worker has these; take engine.kind=ddp",
+    ),
+    Rule(
         {"train.optim": EIGHT_BIT, "engine.kind": frozenset({"zero"})},
         "DeepSpeed keeps the moments itself, in float32; take engine.kind=ddp or fsdp, or train.optim=adamw_torch",
     ),
@@ -67,6 +78,8 @@ OTHERS: Mapping[str, Mapping[str, str]] = {
         for name in ("nf4", "int8", "int4", "fp8")
     },
     "quantized, no adapter": {"model.quantization": "nf4", "adapter.kind": "none"},
+    "adalora": {"adapter.kind": "adalora"},
+    "loftq, not quantized": {"model.quantization": "none", "adapter.init_lora_weights": "loftq"},
     "quantized + pissa, olora": {"model.quantization": "nf4", "adapter.init_lora_weights": "pissa"},
     "adamw_torch": {"train.optim": "adamw_torch"},
     "adamw_8bit": {"train.optim": "adamw_8bit"},

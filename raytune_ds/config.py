@@ -680,7 +680,9 @@ class Config(Section):
         train = info.data.get("train")
         if train is not None:
             kind = "zero" if engine.asks_for_zero else engine.kind
+            adapter = info.data.get("adapter")
             chosen = {"train.optim": train.optim, "engine.kind": kind}
+            chosen |= {"adapter.kind": adapter.kind} if adapter is not None else {}
             for reason in conflicts(chosen, "engine.kind"):
                 raise about("kind", reason)
             for reason in conflicts(

@@ -201,6 +201,7 @@ def _choose(assignment: Assignment, world: World, dtype: torch.dtype) -> Choice:
         quantized=base.quantized,
         quantized_bytes=base.quantized_bytes,
         optim=assignment.config.train.optim,
+        adapter=assignment.config.adapter.kind,
     )
 
 

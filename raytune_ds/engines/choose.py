@@ -37,6 +37,7 @@ def choose(
     quantized: int = 0,
     quantized_bytes: int = 0,
     optim: str = "adamw_torch",
+    adapter: str = "lora",
 ) -> Choice:
     """The engine that `engine.kind` names, or the simplest one that fits.
 
@@ -51,11 +52,14 @@ def choose(
         quantized: parameters that are held in few bits.
         quantized_bytes: what these take.
         optim: as `train.optim`.
+        adapter: as `adapter.kind`.
     """
     if config.kind != "auto":
         return Choice(config.kind, config, "engine.kind says so")
     if config.asks_for_zero:
         return Choice("zero", config, "engine.stage, config or offload=optimizer asks for DeepSpeed")
+    for reason in conflicts({"adapter.kind": adapter, "engine.kind": "fsdp"}):
+        return Choice("ddp", config, reason)
     # Where workers compute in host memory, the copy that a checkpoint is written from lies in it too.
     trained_bytes = (BYTES_TRAINED_8BIT if optim in EIGHT_BIT else BYTES_TRAINED) + BYTES_COPIED * (not gpu)
     frozen = (total - trainable - quantized) * frozen_bytes + quantized_bytes

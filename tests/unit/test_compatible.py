@@ -142,3 +142,17 @@ def test_what_is_chosen_goes_with_the_optimizer() -> None:
         assert choice.settings.offload == offload
         chosen = {"train.optim": optim, "engine.kind": choice.kind, "engine.offload": str(offload)}
         assert not [*conflicts(chosen)]
+
+
+def test_adalora_takes_one_engine() -> None:
+    with pytest.raises(UserError, match="no worker has these"):
+        compose([], ["adapter.kind=adalora", "engine.kind=fsdp"])
+    choice = choose(EngineConfig(), 10**12, 10, 4, 10**9, world_size=4, gpu=True, adapter="adalora")
+    assert choice.kind == "ddp"
+    assert "take engine.kind=ddp" in choice.why
+
+
+def test_loftq_needs_something_that_was_lost() -> None:
+    with pytest.raises(UserError, match=r"adapter\.init_lora_weights.*model\.quantization=nf4"):
+        compose([], ["adapter.init_lora_weights=loftq"])
+    assert compose([], ["adapter.init_lora_weights=loftq", "model.quantization=nf4"])
