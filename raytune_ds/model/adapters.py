@@ -83,7 +83,10 @@ def peft_config(model: PreTrainedModel, config: AdapterConfig, chosen: Chosen) -
         values |= {
             "use_rslora": config.use_rslora,
             "use_dora": config.use_dora,
-            "init_lora_weights": True if config.init_lora_weights == "default" else config.init_lora_weights,
+            # Peft's own LoftQ runs on GPUs only, and forgets that the adapter is scaled; see model/initial.
+            "init_lora_weights": True
+            if config.init_lora_weights in ("default", "loftq")
+            else config.init_lora_weights,
             "rank_pattern": as_mapping(config.rank_pattern),
             "alpha_pattern": as_mapping(config.alpha_pattern),
         }

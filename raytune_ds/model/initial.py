@@ -28,11 +28,11 @@ from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.config import ModelConfig
 from raytune_ds.data.batch import Batch
 from raytune_ds.errors import UserError
-from raytune_ds.model import adapters
+from raytune_ds.model import adapters, quantize
 from raytune_ds.model.allocation import kept_ranks
-from raytune_ds.model.load import load_for_generation, skeleton
+from raytune_ds.model.load import hold_in, load_for_generation, skeleton
 from raytune_ds.model.targets import choose, shortest_names
-from raytune_ds.model.weights import Weights, locate, open_weights
+from raytune_ds.model.weights import Read, Weights, locate, open_weights
 
 T = TypeVar("T")
 
@@ -235,7 +235,12 @@ def make(
     if config.init_lora_weights == "eva":
         return _of_data(model, config, batches(), dtype, device)
     base = skeleton(model)
-    return _of_weights(base, config, open_weights(locate(model, revision), base))
+    hold_in(base, dtype)
+    weights = open_weights(locate(model, revision), base)
+    if config.init_lora_weights == "loftq":
+        seen = quantize.dequantised(weights, base, model.quantization, device)
+        return _of_what_was_lost(base, config, weights, seen)
+    return _of_weights(base, config, weights)
 
 
 def _of_weights(base: PreTrainedModel, config: AdapterConfig, weights: Weights) -> Initial:
@@ -259,6 +264,31 @@ def _of_weights(base: PreTrainedModel, config: AdapterConfig, weights: Weights) 
     return _drawn(Initial.of(ready))
 
 
+def _of_what_was_lost(base: PreTrainedModel, config: AdapterConfig, weights: Read, seen: Read) -> Initial:
+    """LoftQ (arXiv:2310.08659) in one iteration: what quantization loses of each weight, as far as the rank goes.
+
+    Further iterations would quantize another weight than the base's, which no one else has.
+
+    Args:
+        base: without weights.
+        config: ours.
+        weights: of the base model.
+        seen: the same, quantized and made values again.
+    """
+    names = {id(parameter): name for name, parameter in base.named_parameters()}
+    ready = adapters.wrap(base, adapters.peft_config(base, config, choose(base, config)))
+    for _, layer in _layers(ready):
+        held = layer.get_base_layer().weight
+        name, size = names[id(held)], held.numel()
+        lost_OI = (weights(name, 0, size).float() - seen(name, 0, size).float()).view(held.shape)
+        left_OK, values_K, right_KI = torch.linalg.svd(lost_OI, full_matrices=False)
+        rank = layer.r[adapters.NAME]
+        roots_R = (values_K[:rank] / layer.scaling[adapters.NAME]).sqrt()
+        layer.lora_B[adapters.NAME].weight.data = left_OK[:, :rank] * roots_R
+        layer.lora_A[adapters.NAME].weight.data = roots_R[:, None] * right_KI[:rank]
+    return _drawn(Initial.of(ready))
+
+
 def _layers(ready: nn.Module) -> Iterator[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
@@ -279,9 +309,9 @@ def _of_data(
     from peft import get_peft_model
     from peft.tuners.lora import initialize_lora_eva_weights
 
-    base = load_for_generation(model, dtype, device)
-    made = adapters.peft_config(base, config, choose(base, config))
-    ready = get_peft_model(base, made)
+    plain = skeleton(model)
+    made = adapters.peft_config(plain, config, choose(plain, config))
+    ready = get_peft_model(load_for_generation(model, dtype, device), made)
     inputs = list(_padded(_documents(batches), device))
     initialize_lora_eva_weights(ready, inputs, gather_distributed_inputs=False, show_progress_bar=False)
     # Layers that were left without a rank are no targets any more; what peft 0.21 writes down may still mean them.

@@ -26,10 +26,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from raytune_ds.adapterconfig import AdapterConfig
+from raytune_ds.config import ModelConfig
 from raytune_ds.data.batch import read
 from raytune_ds.data.store import Store
 from raytune_ds.errors import UserError
 from raytune_ds.model import tiny
+from raytune_ds.model.load import load_for_generation
 from raytune_ds.rundir import RunDir
 from tests.alone import assignment, prepared, work
 
@@ -54,7 +56,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bias": BASE | {"bias": "all"},
     "adalora": {
         "kind": "adalora",
-        "options": {"init_r": 6, "target_r": 3, "tinit": 2, "tfinal": 4, "deltaT": 2},
+        # The plan of the longer run for both.
+        "options": {"init_r": 6, "target_r": 3, "tinit": 2, "tfinal": 4, "deltaT": 2, "total_step": STEPS},
     },
     **{
         kind: {"kind": kind, "options": options}
@@ -82,6 +85,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "waveft": {},
         }.items()
     },
+}
+# On a base in 4 bits: architecture and adapter.
+QUANTIZED: dict[str, tuple[str, dict[str, Any]]] = {
+    "nf4": ("qwen2", BASE),
+    "nf4 loftq": ("qwen2", BASE | {"init_lora_weights": "loftq"}),
+    "nf4 eva": ("qwen2", BASE | {"init_lora_weights": "eva"}),
+    "nf4 dora": ("qwen2", BASE | {"use_dora": True}),
+    "nf4 adalora": ("qwen2", VARIANTS["adalora"]),
+    "nf4 vera": ("qwen2", VARIANTS["vera"]),
+    "nf4 modules_to_save": ("qwen2", VARIANTS["modules_to_save"]),
+    "nf4 experts": ("deepseek-v3", BASE | {"targets": "all"}),
+    "nf4 compressed attention": ("deepseek-v4", BASE | {"targets": "all"}),
 }
 GROUPS = ("attention", "mlp", "shared-experts", "experts", "all")
 
@@ -119,30 +134,55 @@ class Trial:
         return found
 
 
-def trial(store: Store, model: Path, root: Path, adapter: dict[str, Any]) -> Trial:
+def trial(
+    store: Store, model: Path, root: Path, adapter: dict[str, Any], quantization: str = "none"
+) -> Trial:
     """Trains, resumes and loads one variant; runs lie below `root`."""
-    whole = _run(store, model, root, "whole", adapter, STEPS)
+    how = {"quantization": quantization}
+    whole = _run(store, model, root, "whole", adapter, STEPS, how)
     rows = _rows(whole)
     for step in range(MIDDLE + 1, STEPS + 1):
         shutil.rmtree(whole.run.checkpoints + f"/step-{step:08d}", ignore_errors=True)
-    again = _rows(_run(store, model, root, "whole", adapter, STEPS))
-    shorter = _run(store, model, root, "shorter", adapter, STEPS - 1)
-    base = AutoModelForCausalLM.from_pretrained(model)
-    loaded: Any = PeftModel.from_pretrained(base, shorter.run.final).eval()
+    again = _rows(_run(store, model, root, "whole", adapter, STEPS, how))
+    shorter = _run(store, model, root, "shorter", adapter, STEPS - 1, how)
+    loaded = _loaded(shorter.config.model, Path(shorter.run.final))
     loss = _loss(loaded, whole)
     return Trial(
         losses=tuple(row["loss"] for row in rows),
         resumed=tuple(row["loss"] for row in again[MIDDLE:]),
         loaded=loss,
-        merged=_merged(loaded, root / "merged", whole),
+        merged=_merged(loaded, root / "merged", whole) if quantization == "none" else None,
         trainable=sum(p.numel() for name, p in _ready(shorter).named_parameters() if p.requires_grad),
         step_s=sorted(row["step_time_s"] for row in rows)[len(rows) // 2],
     )
 
 
-def _run(store: Store, model: Path, root: Path, name: str, adapter: dict[str, Any], steps: int) -> Any:
+def _loaded(model: ModelConfig, adapter: Path) -> Any:
+    """As people load it; a quantised base, as our own verbs do."""
+    if model.quantization != "none":
+        return load_for_generation(model, torch.float32, torch.device("cpu"), adapter)
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model.name), str(adapter)).eval()
+
+
+def _run(
+    store: Store,
+    model: Path,
+    root: Path,
+    name: str,
+    adapter: dict[str, Any],
+    steps: int,
+    of_model: dict[str, Any],
+) -> Any:
     given = assignment(
-        store, model, str(root), name, adapter, keep=99, max_steps=steps, lr_scheduler_type="constant"
+        store,
+        model,
+        str(root),
+        name,
+        adapter,
+        keep=99,
+        of_model=of_model,
+        max_steps=steps,
+        lr_scheduler_type="constant",
     )
     outcome = work(given, lambda kind, content: None)
     if outcome.error is not None:
@@ -230,6 +270,7 @@ def main(only: Sequence[str]) -> int:
             return 0
         models = {name: tiny.build(name, lambda: TEXTS, 0, root / name) for name in tiny.ARCHITECTURES}
         by_kind = [(name, "qwen2", adapter) for name, adapter in VARIANTS.items()]
+        by_kind += [(name, *of) for name, of in QUANTIZED.items()]
         by_part = [
             (f"{architecture} {group}", architecture, BASE | {"targets": group})
             for architecture in tiny.ARCHITECTURES
@@ -244,7 +285,8 @@ def main(only: Sequence[str]) -> int:
                 continue
             place = root / str(number)
             try:
-                found = trial(prepared(place), models[architecture], place, adapter)
+                bits = "nf4" if name in QUANTIZED else "none"
+                found = trial(prepared(place), models[architecture], place, adapter, bits)
             except UserError as error:
                 out.print(f"{name:22}{'':10}{str(error).splitlines()[0]}", markup=False)
                 continue

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from raytune_ds.errors import UserError
 from raytune_ds.model.initial import Initial
 from tests.alone import assignment, prepared, work
-from tests.matrix.adapters import BASE, VARIANTS, Trial, trial
+from tests.matrix.adapters import BASE, QUANTIZED, VARIANTS, Trial, trial
 
 SAMPLE = [
     ("lora+", "qwen2", VARIANTS["lora+"]),
@@ -30,16 +30,30 @@ SAMPLE = [
     ("experts and router", "deepseek-v2", BASE | {"targets": ["experts", "router"]}),
     ("sparse attention", "deepseek-v3.2", BASE | {"targets": "attention", "modules_to_save": ["lm_head"]}),
     ("compressed attention", "deepseek-v4", BASE | {"targets": "all"}),
+    *((name, *QUANTIZED[name]) for name in ("nf4 loftq", "nf4 experts")),
 ]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize(("architecture", "adapter"), [s[1:] for s in SAMPLE], ids=[s[0] for s in SAMPLE])
+@pytest.mark.parametrize(("name", "architecture", "adapter"), SAMPLE, ids=[s[0] for s in SAMPLE])
 def test_it_learns_resumes_and_is_loaded(
-    tiny_models: dict[str, Path], tmp_path: Path, architecture: str, adapter: dict[str, Any]
+    tiny_models: dict[str, Path], tmp_path: Path, name: str, architecture: str, adapter: dict[str, Any]
 ) -> None:
-    assert trial(prepared(tmp_path), tiny_models[architecture], tmp_path, adapter).problems() == []
+    bits = "nf4" if name in QUANTIZED else "none"
+    assert trial(prepared(tmp_path), tiny_models[architecture], tmp_path, adapter, bits).problems() == []
+
+
+def test_loftq_begins_nearer_to_what_was_quantized(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    def first_loss(bits: str, begins: str) -> float:
+        adapter = BASE | {"init_lora_weights": begins}
+        how = {"quantization": bits}
+        return losses(
+            run(tmp_path, tiny_models["qwen2"], f"{bits}-{begins}", adapter, of_model=how, max_steps=1)
+        )[0]
+
+    plain = first_loss("none", "default")
+    assert abs(first_loss("nf4", "loftq") - plain) < abs(first_loss("nf4", "default") - plain)
 
 
 def test_a_trial_that_went_wrong_says_so() -> None:
