@@ -107,18 +107,25 @@ class Assignment:
             "model.dtype": self.model.dtype,
             # Not there in checkpoints of before there was a choice.
             "model.quantization": None if self.model.quantization == "none" else self.model.quantization,
-            "adapter": config.adapter.model_dump(mode="json") if config.adapter.kind != "none" else None,
+            "adapter": told_of(config.adapter) if config.adapter.kind != "none" else None,
             "objective": config.objective.model_dump(mode="json"),
             "data": self.store.manifest.fingerprint,
             "train": config.train.model_dump(mode="json", exclude=set(MAY_CHANGE)),
         }
 
 
+def told_of(adapter: AdapterConfig) -> dict[str, Any]:
+    """Its first keys, and of the later ones, which older checkpoints do not have, those that are not as usual."""
+    first = adapter.model_dump(mode="json", include={"kind", "r", "alpha", "dropout", "bias", "targets"})
+    later = adapter.model_dump(mode="json", exclude_defaults=True)
+    return first | {key: value for key, value in later.items() if value != {}}
+
+
 def differences(there: Any, here: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Dotted key, the value there and the value here, of all in which two identities differ."""
     if isinstance(there, dict) and isinstance(here, dict):
-        for name in here:
-            yield from differences(there.get(name), here[name], f"{key}.{name}".lstrip("."))
+        for name in dict.fromkeys((*here, *there)):
+            yield from differences(there.get(name), here.get(name), f"{key}.{name}".lstrip("."))
     elif there != here:
         yield key, there, here
 

@@ -75,7 +75,7 @@ def check(config: Config, to_train: bool = True) -> Checked:
         say(f"data: {line}")
     model = _located(config, inputs, root)
     base_model = skeleton(model)
-    config = _with_trained_tokens(config, base_model)
+    config = _with_trained_tokens(_with_absolute_adapter(config), base_model)
     report = adapterreport.report(base_model, config.adapter)
     base = Base(*_identity(model), report.total, report.trainable, *_quantized(base_model, model))
     tokenizer = TokenizerSpec.of(model, config.data.chat_template)
@@ -236,6 +236,12 @@ def _check_name(config: Config, root: str) -> None:
         raise UserError(
             f"run.name = {name}: {root}/{name} is there but is no run directory; choose another name."
         )
+
+
+def _with_absolute_adapter(config: Config) -> Config:
+    """Workers run in other folders than the one that `adapter.path` was written in."""
+    path = config.adapter.path
+    return config if path is None else replaced(config, adapter={"path": storage.absolute(path)})
 
 
 def _with_trained_tokens(config: Config, base_model: PreTrainedModel) -> Config:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from raytune_ds import worker
-from raytune_ds.assignment import harmless_changes, require_same_run
+from raytune_ds.adapterconfig import AdapterConfig
+from raytune_ds.assignment import differences, harmless_changes, require_same_run, told_of
 from raytune_ds.checkpoint import Manifest
 from raytune_ds.compose import compose
 from raytune_ds.errors import UserError
@@ -78,3 +79,13 @@ def test_a_model_that_is_not_the_same_on_this_node(
     )
     with pytest.raises(UserError, match="Use a path that all nodes share"):
         worker._build(assignment, None, None, None, None)  # type: ignore[arg-type]
+
+
+def test_checkpoints_of_before_there_were_more_kinds_of_adapters_are_gone_on_from() -> None:
+    before = {"kind": "lora", "r": 8, "alpha": 16.0, "dropout": 0.0, "bias": "none", "targets": "auto"}
+    assert told_of(AdapterConfig()) == before
+    assert list(differences({"adapter": before}, {"adapter": told_of(AdapterConfig(use_dora=True))})) == [
+        ("adapter.use_dora", None, True)
+    ]
+    dora = told_of(AdapterConfig(use_dora=True, rank_pattern={"o_proj": 4}))
+    assert {key for key, *_ in differences(dora, before)} == {"use_dora", "rank_pattern"}
