@@ -101,7 +101,11 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def load_for_generation(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, adapter: Path | None = None
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapter: Path | None = None,
+    revision: str | None = None,
 ) -> Any:
     """The model with attention that has a key/value cache, on `device`; quantized as it was in training.
 
@@ -110,6 +114,7 @@ def load_for_generation(
         dtype: that is computed in.
         device: where it goes.
         adapter: a peft directory, to be put around it.
+        revision: the commit of a model of the hub.
 
     Returns:
         A transformers model, or a peft model around one, in evaluation mode.
@@ -118,9 +123,14 @@ def load_for_generation(
         UserError: it can't be loaded, or what quantizes it is not installed.
     """
     if config.quantization != "none":
-        return _quantized(config, dtype, device, adapter).eval()
-    attention = own_attention(config)
-    model = _from_pretrained(config, dtype=dtype, attn_implementation=attention, device_map={"": device})
+        return _quantized(config, dtype, device, adapter, revision).eval()
+    model = _from_pretrained(
+        config,
+        dtype=dtype,
+        attn_implementation=own_attention(config),
+        device_map={"": device},
+        **({} if revision is None else {"revision": revision}),
+    )
     _grow(model, config)
     return (model if adapter is None else _adapted(model, adapter)).eval()
 
@@ -160,7 +170,7 @@ def standing_in(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _quantized(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, adapter: Path | None
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, adapter: Path | None, revision: str | None
 ) -> torch.nn.Module:
     """One parameter is read after the other, so that the model is never there but quantized.
 
@@ -168,7 +178,7 @@ def _quantized(
     not find all parameters of modules that are quantized.
     """
     base = skeleton(config, own_attention(config)).requires_grad_(False)
-    folder = weights.locate(config, None)
+    folder = weights.locate(config, revision)
     opened = weights.open_weights(folder, base)
     for name, buffer in base.named_buffers():
         if name in opened:
@@ -233,15 +243,31 @@ def skeleton(config: ModelConfig, attention: str | None = None) -> PreTrainedMod
 
 
 def _grow(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Makes room for added tokens where there is none; how many rows the files have is kept as config.grown_from."""
+    """Makes room for the tokens that the config adds."""
     if not (config.add_tokens or config.add_special_tokens):
         return
-    embedding: Any = model.get_input_embeddings()
-    rows = embedding.num_embeddings
-    needed = len(load_tokenizer(TokenizerSpec.of(config)))
-    if needed > rows:
+    plain = config.model_copy(update={"add_tokens": (), "add_special_tokens": ()})
+    known, needed = (len(load_tokenizer(TokenizerSpec.of(each))) for each in (plain, config))
+    grow(model, known, needed)
+
+
+def grow(model: PreTrainedModel, known: int, needed: int) -> None:
+    """Makes room for added tokens, each of which begins as the mean of the others.
+
+    Args:
+        model: with or without weights.
+        known: tokens before; rows beyond, which many models have to spare, were never trained. It is kept as
+            `config.grown_from`.
+        needed: tokens with those that are added.
+    """
+    ends: tuple[Any, ...] = (model.get_input_embeddings(), model.get_output_embeddings())
+    if needed > ends[0].num_embeddings:
         model.resize_token_embeddings(needed, mean_resizing=False)
-        model.config.grown_from = rows
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    model.config.grown_from = known
+    for weight in (end.weight for end in ends):
+        if not weight.is_meta:
+            weight.data[known:] = weight.data[:known].float().mean(0).to(weight.dtype)
 
 
 class _EmptyOnMeta(TorchFunctionMode):

@@ -69,7 +69,8 @@ class Weights:
             opened: the model's files.
             place: where they lie, for messages.
             model: gives names, shapes and conversions; its own weights are not looked at.
-            grown: parameters that the model has more rows of than the files -> those of the files.
+            grown: parameters with a row for each token, where tokens were added -> the number of tokens before. Later
+                rows, whether the files have some or not, are read as the mean of those.
 
         Raises:
             UserError: there are no weights, or they are not this model's.
@@ -104,7 +105,7 @@ class Weights:
         return part.reshape(-1)[start - first * row : stop - first * row]
 
     def _added(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements of rows that the files do not have: each is the mean of those they have, as transformers begins."""
+        """Elements of rows of added tokens: each is the mean of the others, as transformers begins."""
         rows, width = self._grown[name], self._shapes[name][1]
         if name not in self._means:
             step = max(1, _MEAN_ELEMENTS // width)
@@ -154,11 +155,13 @@ class Weights:
             )
         for name, source in self._sources.items():
             found = self._shape_in_files(name, source)
-            expected = (
-                [self._grown.get(name, self._shapes[name][0]), *self._shapes[name][1:]]
-                if self._shapes[name]
-                else []
-            )
+            expected = list(self._shapes[name])
+            if (
+                name in self._grown
+                and isinstance(found, list)
+                and self._grown[name] <= found[0] <= expected[0]
+            ):
+                expected[0] = found[0]
             if found != expected:
                 raise UserError(
                     f"model.name: {self._place}: {name} has shape {found} in the files, and {expected} by its "
@@ -217,7 +220,7 @@ class Weights:
 
 
 def _grown(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters with a row for each token -> rows in the files, where tokens were added."""
+    """Parameters with a row for each token -> tokens of the files, where some were added."""
     if (rows := getattr(model.config, "grown_from", None)) is None:
         return {}
     modules = (model.get_input_embeddings(), model.get_output_embeddings())

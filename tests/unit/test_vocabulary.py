@@ -17,7 +17,7 @@ from raytune_ds.config import ModelConfig
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 from raytune_ds.errors import UserError
 from raytune_ds.model.build import build
-from raytune_ds.model.load import skeleton
+from raytune_ds.model.load import load_for_generation, skeleton
 from raytune_ds.model.weights import open_weights
 from tests.alone import assignment, prepared, work
 
@@ -69,9 +69,26 @@ def test_there_is_room_in_a_padded_vocabulary(model: Path, tmp_path: Path) -> No
     padded = AutoModelForCausalLM.from_pretrained(model)
     padded.resize_token_embeddings(padded.config.vocab_size + 64)
     padded.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.save_pretrained(tmp_path)
     grown = skeleton(ModelConfig(name=str(tmp_path), **ADDED))
-    assert grown.get_input_embeddings().weight.shape == padded.get_input_embeddings().weight.shape
+    held = padded.get_input_embeddings().weight
+    assert grown.get_input_embeddings().weight.shape == held.shape
+    # What stands in the spare rows was never trained.
+    rows = open_weights(tmp_path, grown)("model.embed_tokens.weight", 0, held.numel()).view(held.shape)
+    torch.testing.assert_close(rows[len(tokenizer)], held.detach()[: len(tokenizer)].mean(0))
+
+
+def test_a_loaded_model_has_the_rows_that_training_began_with(model: Path) -> None:
+    config = ModelConfig(name=str(model), **ADDED)
+    base = skeleton(config)
+    weights = open_weights(model, base)
+    for _ in range(2):
+        loaded = load_for_generation(config, torch.float32, torch.device("cpu"))
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            found = loaded.get_parameter(name)
+            expected = weights(name, 0, found.numel()).view(found.shape)
+            torch.testing.assert_close(found.detach(), expected)
 
 
 @pytest.mark.parametrize("adapter", [{"modules_to_save": WHOLE}, {"kind": "none"}], ids=["adapter", "whole"])
