@@ -3,7 +3,7 @@
 import re
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
 from raytune_ds.section import Count, Section, Setting, Text, about, as_mapping, as_settings
 
@@ -19,6 +19,7 @@ _OWN_KEYS = {
     "task_type": "objective.kind",
     "peft_type": "adapter.kind",
     "base_model_name_or_path": "model.name",
+    "trainable_token_indices": "model.add_tokens",
 }
 PLANNING, TOTAL_STEPS = ("adalora",), "total_step"
 """Methods that want to know the length of the run, and the option in which peft has them told."""
@@ -104,8 +105,8 @@ class AdapterConfig(Section):
     )
     path: Text | None = Field(
         default=None,
-        description="An adapter directory that training goes on from; it says kind, rank and targets, and the other "
-        "keys of this section have no effect. null: a new adapter.",
+        description="An adapter directory that training goes on from, where the workers see it; it says kind, rank and "
+        "targets, so the other keys of this section but loraplus_lr_ratio must be left out. null: a new adapter.",
     )
     options: tuple[Setting, ...] = Field(
         default=(),
@@ -160,6 +161,17 @@ class AdapterConfig(Section):
     def _write_mapping(self, settings: tuple[Setting, ...]) -> dict[str, Any]:
         return as_mapping(settings)
 
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns_give_numbers(
+        cls, patterns: tuple[Setting, ...], info: ValidationInfo
+    ) -> tuple[Setting, ...]:
+        takes = int if info.field_name == "rank_pattern" else (int, float)
+        for key, value in as_mapping(patterns).items():
+            if isinstance(value, bool) or not isinstance(value, takes) or value <= 0:
+                raise ValueError(f"{key}: {value}: takes a {'whole ' * (takes is int)}number above 0")
+        return patterns
+
     @field_validator("options")
     @classmethod
     def _options_have_no_key_of_their_own(cls, options: tuple[Setting, ...]) -> tuple[Setting, ...]:
@@ -172,6 +184,8 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _keys_go_with_the_kind(self) -> Self:
+        if self.path is not None:
+            return self._says_nothing_itself()
         if self.kind == "none":
             return self
         if self.kind == "lora":
@@ -182,6 +196,15 @@ class AdapterConfig(Section):
         for key in (*_OF_LORA, "init_lora_weights"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise about(key, f"has no meaning with adapter.kind={self.kind}; it takes lora")
+        return self
+
+    def _says_nothing_itself(self) -> Self:
+        if self.kind == "none":
+            raise about("path", "is an adapter, and adapter.kind=none trains all parameters")
+        usual = type(self)(kind=self.kind)
+        for key in type(self).model_fields.keys() - {"kind", "path", "loraplus_lr_ratio"}:
+            if getattr(self, key) != getattr(usual, key):
+                raise about(key, "is said by the adapter at adapter.path; leave it out")
         return self
 
     @property

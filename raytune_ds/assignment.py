@@ -98,6 +98,14 @@ class Assignment:
         return adapter.model_copy(update={"options": (*adapter.options, length)})
 
     @property
+    def beginning(self) -> dict[str, Any]:
+        """What decides on what an adapter begins with, where that is not drawn."""
+        identity = self.identity
+        keys = ("run.seed", "model.weights", "model.quantization", "adapter")
+        told = {key: identity[key] for key in keys}
+        return told | {"adapter": {k: v for k, v in (told["adapter"] or {}).items() if k != "dropout"}}
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What has to be the same for a run to go on from a checkpoint."""
         config = self.config

@@ -26,6 +26,7 @@ from raytune_ds.model.adapterreport import AdapterReport
 from raytune_ds.model.load import skeleton
 from raytune_ds.model.weights import fingerprint
 from raytune_ds.rundir import RunDir
+from raytune_ds.settle import settled
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def check(config: Config, to_train: bool = True) -> Checked:
         say(f"data: {line}")
     model = _located(config, inputs, root)
     base_model = skeleton(model)
-    config = _with_trained_tokens(_with_absolute_adapter(config), base_model)
-    report = adapterreport.report(base_model, config.adapter)
+    config, made = settled(config, model, base_model, root)
+    report = adapterreport.report(base_model, config.adapter, made)
     base = Base(*_identity(model), report.total, report.trainable, *_quantized(base_model, model))
     tokenizer = TokenizerSpec.of(model, config.data.chat_template)
     load_tokenizer(tokenizer)
@@ -89,18 +90,21 @@ def vary(base: Checked, config: Config) -> Checked:
     Raises:
         UserError: anything the user can mend.
     """
+    _check_optimizer(config)
     same_data = config.data == base.config.data
     same_model = same_data and (config.model, config.run.seed) == (base.config.model, base.config.run.seed)
     inputs = base.inputs if same_data else Inputs.find(config.data)
     inputs.require_formats_of(config.objective.kind)
     model = base.model if same_model else _located(config, inputs, base.root)
     same_adapter = same_model and config.adapter == base.config.adapter
-    base_model = None if same_adapter else skeleton(model)
-    report = base.report if base_model is None else adapterreport.report(base_model, config.adapter)
-    weights = base.base
-    if base_model is not None and not same_model:
-        quantized = _quantized(base_model, model)
-        weights = Base(*_identity(model), report.total, report.trainable, *quantized)
+    report, weights = base.report, base.base
+    if not same_adapter:
+        base_model = skeleton(model)
+        config, made = settled(config, model, base_model, base.root)
+        report = adapterreport.report(base_model, config.adapter, made)
+        if not same_model:
+            quantized = _quantized(base_model, model)
+            weights = Base(*_identity(model), report.total, report.trainable, *quantized)
     return Checked(
         config=config,
         root=base.root,
@@ -236,33 +240,6 @@ def _check_name(config: Config, root: str) -> None:
         raise UserError(
             f"run.name = {name}: {root}/{name} is there but is no run directory; choose another name."
         )
-
-
-def _with_absolute_adapter(config: Config) -> Config:
-    """Workers run in other folders than the one that `adapter.path` was written in."""
-    path = config.adapter.path
-    return config if path is None else replaced(config, adapter={"path": storage.absolute(path)})
-
-
-def _with_trained_tokens(config: Config, base_model: PreTrainedModel) -> Config:
-    """The config with the embedding and the head trained whole beside an adapter, where tokens are added.
-
-    Raises:
-        UserError: the two are one.
-    """
-    added = config.model.add_tokens + config.model.add_special_tokens
-    if not added or config.adapter.kind == "none":
-        return config
-    if base_model.config.tie_word_embeddings:
-        raise UserError(
-            "model.add_tokens: this model's embedding and output head are one, which an adapter would train apart; set "
-            "adapter.kind=none, or take a model in which they are two."
-        )
-    trained = (base_model.get_input_embeddings(), base_model.get_output_embeddings())
-    names = [name.rpartition(".")[2] for name, module in base_model.named_modules() if module in trained]
-    return replaced(
-        config, adapter={"modules_to_save": [*dict.fromkeys((*config.adapter.modules_to_save, *names))]}
-    )
 
 
 def _located(config: Config, inputs: Inputs, root: str) -> ModelConfig:

@@ -155,6 +155,8 @@ def _facts(
 
 def _adapter(adapter: AdapterConfig) -> str:
     """Kind, rank and alpha, and what else is not as usual."""
+    if adapter.path is not None:
+        return f"that of {adapter.path}, trained on"
     values = adapter.model_dump(mode="json", exclude={"kind"}, exclude_none=True)
     told = {
         key: value

@@ -107,10 +107,10 @@ def _run(
     world.together(
         lambda: engines.prepare(choice.kind, choice.settings, config.train, given, world.device, say)
     )
+    found = _where_to_start(assignment, world, report)
     begun = _initial(assignment, world, dtype, report)
     built = world.together(lambda: _build(assignment, world, choice, dtype, begun))
     flops = Flops.of(built)
-    found = _where_to_start(assignment, world, report)
     tracking = world.together(lambda: _open_tracking(assignment, world, found, report))
     engine = engines.build(choice.kind, _task(assignment, world, choice, built, report))
     saver = _saver(assignment, world, engine, built, report, orders.pulse.lives)
@@ -216,12 +216,12 @@ def _initial(assignment: Assignment, world: World, dtype: torch.dtype, report: R
         return None
 
     def make() -> None:
-        if not world.is_main or storage.exists(f"{folder}/{initial.CONFIG}"):
+        if not world.is_main or initial.is_made_for(folder, assignment.beginning):
             return
         report("note", {"text": f"making what the adapter begins with, kept in {folder}"})
         share = _share(assignment, world)
         batches = read(assignment.store, "train", share, range(share.order.steps_per_epoch))
-        initial.make(
+        begun = initial.make(
             assignment.model,
             assignment.adapter,
             config.run.seed,
@@ -229,7 +229,8 @@ def _initial(assignment: Assignment, world: World, dtype: torch.dtype, report: R
             lambda: (batch for step in batches for batch in step),
             dtype,
             world.device,
-        ).write(folder)
+        )
+        initial.keep(begun, folder, assignment.beginning)
 
     world.together(make)
     return world.together(lambda: Initial.read(folder))

@@ -9,12 +9,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from raytune_ds import storage
 from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.console import human_bytes, human_count
+from raytune_ds.errors import UserError
 from raytune_ds.model import adapters
 from raytune_ds.model.anatomy import Matrix, anatomy
-from raytune_ds.model.initial import read_config
 from raytune_ds.model.targets import choose
 from raytune_ds.servable import refusals
 
@@ -139,8 +138,13 @@ def _alone(groups: Sequence[Group]) -> list[str]:
     return lines
 
 
-def report(model: PreTrainedModel, config: AdapterConfig) -> AdapterReport:
+def report(model: PreTrainedModel, config: AdapterConfig, made: Any = None) -> AdapterReport:
     """What the config will train of `model`, which is without weights and not to be used afterwards.
+
+    Args:
+        model: the base model.
+        config: ours.
+        made: the peft config to take, where it is not to be made of `config`: that of an adapter that is there.
 
     Raises:
         UserError: a target matches nothing, or peft refuses the adapter.
@@ -149,17 +153,17 @@ def report(model: PreTrainedModel, config: AdapterConfig) -> AdapterReport:
     if config.kind == "none":
         return AdapterReport(total, total)
     matrices = anatomy(model)
-    if config.path is None:
+    reasons = {}
+    if made is None:
         chosen = choose(model, config)
         made = adapters.peft_config(model, config, chosen)
         reasons = {matrix.name: why for matrix, why in chosen.left}
-    else:
-        made, reasons = read_config(storage.absolute(config.path)), {}
     ready = adapters.wrap(model, made, in_memory=False)
+    _require_a_plain_head(model)
     layers = {matrix.name: _wrapper(ready, matrix) for matrix in matrices}
     adapted = [matrix for matrix in matrices if layers[matrix.name] is not None]
     whole = tuple(getattr(made, "modules_to_save", None) or ())
-    left = [m for m in matrices if layers[m.name] is None and m.short not in whole]
+    left = [m for m in matrices if layers[m.name] is None and not _is_among(m.owner, whole)]
     bare = [m for m in adapted if hasattr(layers[m.name], "parameter_name")]
     return AdapterReport(
         trainable=sum(p.numel() for p in ready.parameters() if p.requires_grad),
@@ -170,6 +174,24 @@ def report(model: PreTrainedModel, config: AdapterConfig) -> AdapterReport:
         widest_bare=max((matrix.shape.numel() for matrix in bare), default=0),
         unserved=tuple(refusals(made.to_dict())),
     )
+
+
+def _is_among(owner: str, names: Sequence[str]) -> bool:
+    return any(owner == name or owner.endswith(f".{name}") for name in names)
+
+
+def _require_a_plain_head(model: PreTrainedModel) -> None:
+    """Logits are made of the head's own matrix, a part of them at a time.
+
+    Raises:
+        UserError: the head has an adapter.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise UserError(
+            "adapter: it adapts the output head, which is trained whole here, or not at all (adapter.modules_to_save)."
+        )
 
 
 def _with_adapter(matrices: Sequence[Matrix], layers: Mapping[str, Any]) -> Group:

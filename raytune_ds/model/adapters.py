@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -80,6 +81,7 @@ def peft_config(model: PreTrainedModel, config: AdapterConfig, chosen: Chosen) -
     values |= _spelled(config, known)
     values |= _targets(model, config, chosen, known)
     if config.kind == "lora":
+        _require_patterns_mean_something(config, chosen)
         values |= {
             "use_rslora": config.use_rslora,
             "use_dora": config.use_dora,
@@ -101,16 +103,28 @@ def peft_config(model: PreTrainedModel, config: AdapterConfig, chosen: Chosen) -
         raise UserError(f"adapter: peft refuses it: {_first_line(error)}") from error
 
 
+def require_known(kind: str, place: str = "") -> None:
+    """Refuses methods that are not trained here.
+
+    Raises:
+        UserError: with the reason; `place` stands before it.
+    """
+    from peft import PeftType
+
+    if kind in (known := kinds()):
+        return
+    close = difflib.get_close_matches(kind, known, 3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(close)}? " if close else ""
+    there = kind.upper() in PeftType.__members__
+    reason = REFUSED.get(kind, _OTHERWISE if there else "peft has no such method")
+    raise UserError(f"{place}adapter.kind = {kind}: {reason}. {hint}There are {', '.join(known)}, and none.")
+
+
 def _config_class(kind: str) -> Any:
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    if kind not in (known := kinds()):
-        close = difflib.get_close_matches(kind, known, 3, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(close)}? " if close else ""
-        there = kind.upper() in PeftType.__members__
-        reason = REFUSED.get(kind, _OTHERWISE if there else "peft has no such method")
-        raise UserError(f"adapter.kind = {kind}: {reason}. {hint}There are {', '.join(known)}, and none.")
+    require_known(kind)
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind.upper())]
 
 
@@ -148,6 +162,19 @@ def _targets(
         feedforward = {matrix.owner for matrix in chosen.modules if matrix.part != "attention"}
         values["feedforward_modules"] = shortest_names(feedforward, owners - feedforward)
     return values
+
+
+def _require_patterns_mean_something(config: AdapterConfig, chosen: Chosen) -> None:
+    """Peft passes over a key that matches nothing."""
+    names = [matrix.owner if matrix in chosen.modules else matrix.name for matrix in chosen.all]
+    for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in as_mapping(patterns):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                near = difflib.get_close_matches(
+                    pattern, {matrix.short for matrix in chosen.all}, 3, cutoff=0.5
+                )
+                hint = f"; did you mean {' or '.join(near)}?" if near else "."
+                raise UserError(f"adapter.{key}: {pattern!r} matches nothing that gets an adapter{hint}")
 
 
 def _existing(model: PreTrainedModel, names: tuple[str, ...]) -> list[str]:

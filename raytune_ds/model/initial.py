@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from raytune_ds import storage
-from raytune_ds.adapterconfig import AdapterConfig
+from raytune_ds.adapterconfig import FROM_WEIGHTS, AdapterConfig
 from raytune_ds.config import ModelConfig
 from raytune_ds.data.batch import Batch
 from raytune_ds.errors import UserError
@@ -32,12 +32,12 @@ from raytune_ds.model import adapters, quantize
 from raytune_ds.model.allocation import kept_ranks
 from raytune_ds.model.load import hold_in, load_for_generation, skeleton
 from raytune_ds.model.targets import choose, shortest_names
-from raytune_ds.model.weights import Read, Weights, locate, open_weights
+from raytune_ds.model.weights import Read, locate, open_weights
 
 T = TypeVar("T")
 
 _PEFT = "base_model.model."  # before names of the base model
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, MADE_FOR = "adapter_config.json", "adapter_model.safetensors", "made_for.json"
 # The most that EVA sees of the data; it ends by itself when its components no longer turn.
 _EVA_BATCHES, _EVA_DOCUMENTS = 32, 8
 
@@ -89,7 +89,7 @@ class Initial:
         return Initial(config, dict(tensors))
 
     def write(self, folder: str) -> None:
-        """As a peft directory; the config, by which it is known to be whole, last."""
+        """As a peft directory; the config comes last."""
         storage.make_dir(folder)
         storage.write_bytes(
             f"{folder}/{TENSORS}", safetensors.torch.save(_apart(self.tensors), {"format": "pt"})
@@ -155,6 +155,13 @@ def read_config(folder: str) -> Any:
             config = PeftConfig.from_pretrained(local)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: is no peft adapter that can be read: {error}") from error
+    adapters.require_known(str(config.peft_type.value).lower(), f"{folder}: ")
+    begins = getattr(config, "init_lora_weights", None)
+    if isinstance(begins, str) and FROM_WEIGHTS.fullmatch(begins):
+        raise UserError(
+            f"{folder}: is relative to a base model of its own, from which {begins} has taken something out; convert "
+            "it to plain LoRA first: https://huggingface.co/docs/peft/developer_guides/lora"
+        )
     config.inference_mode = False
     return config
 
@@ -184,6 +191,18 @@ def is_needed(config: AdapterConfig) -> bool:
     return config.kind != "none" and (
         config.path is not None or config.needs_base_weights or config.init_lora_weights == "eva"
     )
+
+
+def is_made_for(folder: str, whom: dict[str, Any]) -> bool:
+    """Whether a beginning is there, and was made for a run like this."""
+    return storage.exists(f"{folder}/{MADE_FOR}") and storage.read_json(f"{folder}/{MADE_FOR}") == whom
+
+
+def keep(begun: Initial, folder: str, whom: dict[str, Any]) -> None:
+    """Writes it, and whom it was made for, by which it is known to be whole."""
+    storage.delete_dir(folder)
+    begun.write(folder)
+    storage.write_json(f"{folder}/{MADE_FOR}", whom)
 
 
 def adapted(
@@ -237,56 +256,59 @@ def make(
     base = skeleton(model)
     hold_in(base, dtype)
     weights = open_weights(locate(model, revision), base)
-    if config.init_lora_weights == "loftq":
-        seen = quantize.dequantised(weights, base, model.quantization, device)
-        return _of_what_was_lost(base, config, weights, seen)
-    return _of_weights(base, config, weights)
+    seen = quantize.dequantised(weights, base, model.quantization, device)
+    return _of_weights(base, config, weights, seen, device)
 
 
-def _of_weights(base: PreTrainedModel, config: AdapterConfig, weights: Weights) -> Initial:
-    """By peft's own initialisation of each layer, one layer's weights in memory at a time."""
-    names = {id(parameter): name for name, parameter in base.named_parameters()}
-    made = adapters.peft_config(base, config, choose(base, config))
-    ready = adapters.wrap(base, made)
-    for name, layer in _layers(ready):
-        inner = layer.get_base_layer()
-        held = inner.weight
-        value = weights(names[id(held)], 0, held.numel()).view(held.shape)
-        inner.weight = nn.Parameter(value.float(), requires_grad=False)
-        layer.update_layer(
-            adapters.NAME,
-            layer.r[adapters.NAME],
-            lora_alpha=layer.lora_alpha[adapters.NAME],
-            config=made,
-            target_name=name.rpartition(".")[2],
-        )
-        inner.weight = held
-    return _drawn(Initial.of(ready))
-
-
-def _of_what_was_lost(base: PreTrainedModel, config: AdapterConfig, weights: Read, seen: Read) -> Initial:
-    """LoftQ (arXiv:2310.08659) in one iteration: what quantization loses of each weight, as far as the rank goes.
-
-    Further iterations would quantize another weight than the base's, which no one else has.
+def _of_weights(
+    base: PreTrainedModel, config: AdapterConfig, weights: Read, seen: Read, device: torch.device
+) -> Initial:
+    """By peft's own initialisation of each layer, one layer's weights in memory at a time.
 
     Args:
         base: without weights.
         config: ours.
         weights: of the base model.
-        seen: the same, quantized and made values again.
+        seen: the same as they are computed with: quantized and made values again, where they are.
+        device: does the work.
     """
     names = {id(parameter): name for name, parameter in base.named_parameters()}
-    ready = adapters.wrap(base, adapters.peft_config(base, config, choose(base, config)))
-    for _, layer in _layers(ready):
-        held = layer.get_base_layer().weight
+    made = adapters.peft_config(base, config, choose(base, config))
+    ready = adapters.wrap(base, made)
+    for target, layer in _layers(ready):
+        inner = layer.get_base_layer()
+        held = inner.weight
         name, size = names[id(held)], held.numel()
-        lost_OI = (weights(name, 0, size).float() - seen(name, 0, size).float()).view(held.shape)
-        left_OK, values_K, right_KI = torch.linalg.svd(lost_OI, full_matrices=False)
-        rank = layer.r[adapters.NAME]
-        roots_R = (values_K[:rank] / layer.scaling[adapters.NAME]).sqrt()
-        layer.lora_B[adapters.NAME].weight.data = left_OK[:, :rank] * roots_R
-        layer.lora_A[adapters.NAME].weight.data = roots_R[:, None] * right_KI[:rank]
+        value = seen(name, 0, size).view(held.shape).to(device, torch.float32)
+        inner.weight = nn.Parameter(value, requires_grad=False)
+        layer.update_layer(
+            adapters.NAME,
+            layer.r[adapters.NAME],
+            lora_alpha=layer.lora_alpha[adapters.NAME],
+            config=made,
+            target_name=target.rpartition(".")[2],
+        )
+        if config.init_lora_weights == "loftq":
+            _make_good(layer, weights(name, 0, size).view(held.shape).to(device, torch.float32) - value)
+            if (
+                adapters.NAME in layer.lora_variant
+            ):  # DoRA's magnitudes are those of base and adapter together
+                layer.lora_variant[adapters.NAME].init(layer, adapter_name=adapters.NAME, config=made)
+        inner.weight = held
     return _drawn(Initial.of(ready))
+
+
+def _make_good(layer: Any, lost_OI: torch.Tensor) -> None:
+    """LoftQ (arXiv:2310.08659) in one iteration: what quantization loses of a weight, as far as the rank goes.
+
+    Further iterations would quantize another weight than the base's, which no one else has. Peft's own runs on GPUs
+    only, and forgets that the adapter is scaled.
+    """
+    rank = layer.r[adapters.NAME]
+    left_OK, values_K, right_KI = torch.linalg.svd(lost_OI, full_matrices=False)
+    roots_R = (values_K[:rank] / layer.scaling[adapters.NAME]).sqrt()
+    layer.lora_B[adapters.NAME].weight.data = left_OK[:, :rank] * roots_R
+    layer.lora_A[adapters.NAME].weight.data = roots_R[:, None] * right_KI[:rank]
 
 
 def _layers(ready: nn.Module) -> Iterator[tuple[str, Any]]:

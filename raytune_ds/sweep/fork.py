@@ -43,6 +43,8 @@ def fork(source: RunDir, step: int, target: RunDir, identity: dict[str, Any]) ->
     path, copy = (checkpoint.directory(run.checkpoints, step) for run in (source, target))
     manifest = checkpoint.read_manifest(path)
     storage.write_bytes(target.metrics, to_lines(row for row in source.read_metrics() if row["step"] <= step))
+    for name in storage.list_names(source.initial):  # an adapter is relative to what it began with
+        storage.copy(f"{source.initial}/{name}", f"{target.initial}/{name}")
     for file in manifest.files:
         storage.copy(f"{path}/{file.name}", f"{copy}/{file.name}")
     checkpoint.write_manifest(copy, replace(manifest, identity=identity))

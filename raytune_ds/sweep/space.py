@@ -165,7 +165,7 @@ def check_space(base: Config) -> Space:
 def _default_name(config: Config) -> str:
     if config.adapter.kind == "none":
         return "full"
-    if config.adapter.kind != "lora":
+    if config.adapter.kind != "lora" or config.adapter.path is not None:
         return "other"
     return "lora" if config.model.quantization == "none" else "qlora"
 

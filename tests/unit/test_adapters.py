@@ -246,6 +246,8 @@ def test_every_method_of_peft_is_known_or_refused_with_a_reason(tiny_models: dic
         ({"kind": "vera", "options": {"projection_key": 1}}, "did you mean projection_prng_key"),
         ({"modules_to_save": ["embed_token"]}, "did you mean embed_tokens"),
         ({"kind": "c3a"}, "peft refuses it"),
+        ({"rank_pattern": {"o_pro": 4}}, "did you mean o_proj"),
+        ({"alpha_pattern": {"layers.9.self_attn.o_proj": 4}}, "matches nothing that gets an adapter"),
     ],
 )
 def test_mistakes_are_told(tiny_models: dict[str, Path], values: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from raytune_ds.check import check
+from raytune_ds.compose import compose
 from raytune_ds.errors import UserError
 from raytune_ds.model.initial import Initial
 from tests.alone import assignment, prepared, work
@@ -113,6 +116,82 @@ def test_an_adapter_of_another_model_is_refused(tiny_models: dict[str, Path], tm
         run(tmp_path, tiny_models["llama"], "none", {"path": str(tmp_path / "nowhere")}, max_steps=1)
 
 
+def test_dora_on_a_quantized_base_begins_where_that_is(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """Its magnitudes are those of the weights that it sees, and of what LoftQ has added to them."""
+
+    def first_loss(**adapter: Any) -> float:
+        name = "-".join(adapter)
+        how = {"quantization": "nf4"}
+        return losses(
+            run(tmp_path, tiny_models["qwen2"], f"run{name}", BASE | adapter, of_model=how, max_steps=1)
+        )[0]
+
+    assert first_loss(use_dora=True) == pytest.approx(first_loss(), rel=1e-6)
+    loftq = first_loss(init_lora_weights="loftq")
+    assert first_loss(init_lora_weights="loftq", use_dora=True) == pytest.approx(loftq, rel=1e-6)
+
+
+def test_a_beginning_that_was_made_for_other_settings_is_made_anew(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """A run that died before its first checkpoint may be started again with others."""
+    pissa = BASE | {"init_lora_weights": "pissa"}
+    first = run(tmp_path, tiny_models["qwen2"], "run", pissa, max_steps=1)
+    shutil.rmtree(first.run.checkpoints)
+    shutil.rmtree(first.run.final)
+    again = run(tmp_path, tiny_models["qwen2"], "run", pissa | {"r": 2}, max_steps=1)
+    assert Initial.read(again.run.initial).config.r == 2
+    assert json.loads(Path(again.run.final, "adapter_config.json").read_text())["r"] == 4
+
+
+def test_a_run_goes_on_from_its_own_copy_of_an_adapter(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    first = run(tmp_path, tiny_models["qwen2"], "first", {"r": 4}, max_steps=1)
+    moved = tmp_path / "moved"
+    Path(first.run.final).rename(moved)
+    words = [f"model.name={tiny_models['qwen2']}", f"run.storage={tmp_path}", "run.name=then"]
+    checked = check(compose([], [*words, f"adapter.path={moved}"]))
+    assert checked.config.adapter.path == str(moved)
+    assert {group.ranks for group in checked.report.adapted} == {(4,) * 4}
+    run(tmp_path, tiny_models["qwen2"], "then", {"path": str(moved)}, max_steps=1)
+    shutil.rmtree(moved)
+    assert check(compose([], [*words, f"adapter.path={moved}"])).report == checked.report
+    with pytest.raises(UserError, match="is no peft adapter"):
+        check(compose([], [*words, f"adapter.path={moved}", "run.name=another"]))
+
+
+def peft_directory(tmp_path: Path, model: Path, config: Any) -> str:
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(tmp_path / "peft")
+    return str(tmp_path / "peft")
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "message"),
+    [
+        (
+            PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+            (),
+            "does not wrap layers in place",
+        ),
+        (
+            LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"),
+            (),
+            "relative to a base model of its own",
+        ),
+        (LoraConfig(target_modules=["q_proj", "lm_head"]), (), "adapts the output head"),
+        (LoraConfig(target_modules=["q_proj"]), ("model.add_tokens=[<dose>]",), "begin a new adapter"),
+        (LoraConfig(target_modules=["q_proj"]), ("adapter.r=4",), "adapter.r = 4 .*leave it out"),
+        (AdaLoraConfig(target_modules=["q_proj"], total_step=9), (), "plans by the length of its run"),
+    ],
+)
+def test_adapters_that_can_not_be_gone_on_from(
+    tiny_models: dict[str, Path], tmp_path: Path, config: Any, more: tuple[str, ...], message: str
+) -> None:
+    path = peft_directory(tmp_path, tiny_models["llama"], config)
+    words = [f"model.name={tiny_models['llama']}", f"run.storage={tmp_path}", f"adapter.path={path}", *more]
+    with pytest.raises(UserError, match=message):
+        check(compose([], words))
+
+
 def test_pissa_begins_where_the_base_model_is(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     """What was taken out of the weights is what the adapter adds to them."""
     model = tiny_models["qwen2"]
@@ -128,7 +207,7 @@ def test_pissa_begins_where_the_base_model_is(tiny_models: dict[str, Path], tmp_
 
 _ELSEWHERE = """
 import sys, torch
-from peft import PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 assert "raytune_ds" not in sys.modules
 base = AutoModelForCausalLM.from_pretrained(sys.argv[1])

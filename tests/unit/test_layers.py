@@ -40,7 +40,7 @@ ROOMS = """
     export loop assignment hooks worker
     sampling decode generate prompts terminal
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
-    doctor.cluster doctor.report stopping check
+    doctor.cluster doctor.report stopping settle check
     cluster preflight torchgroup display metrics mailbox rescue rayworker fitting launch
     sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports sweep.fork sweep.leaderboard sweep.plots
     sweep.influence sweep.report sweep.course sweep.outcome sweep.attempt sweep.trainable sweep.search sweep.schedule
