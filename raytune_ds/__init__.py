@@ -45,7 +45,8 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     sampling, decode, generate         how tokens are chosen; a batch, token by token; answers of a finished run
     prompts, terminal                  files of prompts and answers; answers as a person sees them
     network, nodes (R), doctor/        the interface between nodes; a function on each of them; what is wrong
-    check, cluster, preflight (R)      what is tried first, of the config and of the cluster; the Ray it runs on
+    settle, check, cluster,            what the model decides of a config; what is tried first, of the config and of
+    preflight (R)                      the cluster; the Ray it runs on
     metrics, torchgroup (R)            the run as Ray metrics; torch's process group
     mailbox, rayworker, fitting (R)    between workers and driver; a worker inside Ray Train; a run on it
     rescue                             what is done about workers that hang
