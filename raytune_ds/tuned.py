@@ -13,7 +13,7 @@ from raytune_ds.config import ModelConfig
 from raytune_ds.logits import load
 from raytune_ds.merge import device_here
 from raytune_ds.model.load import compute_dtype, hold_in, load_config, load_for_generation, skeleton
-from raytune_ds.model.weights import locate, open_weights
+from raytune_ds.model.weights import fill_buffers, locate, open_weights
 from raytune_ds.wrapped import put_on
 
 
@@ -45,9 +45,7 @@ def _as_read(model: ModelConfig, revision: str | None, dtype: torch.dtype) -> Pr
     """
     base = skeleton(model).requires_grad_(False)
     weights = open_weights(locate(model, revision), base)
-    for name, buffer in base.named_buffers():
-        if name in weights:
-            buffer.copy_(weights(name, 0, buffer.numel()).view_as(buffer))
+    fill_buffers(base, weights)
     hold_in(base, dtype)
     for name, parameter in base.named_parameters():
         values = weights(name, 0, parameter.numel()).view(parameter.shape).to(parameter.dtype)

@@ -19,7 +19,7 @@ from raytune_ds.model.allocation import RankAllocation, allocation_of
 from raytune_ds.model.initial import Initial, adapted
 from raytune_ds.model.load import hold_in, own_attention, packed_attention, parts, runs_on_packs, skeleton
 from raytune_ds.model.packed import PackedLM
-from raytune_ds.model.weights import Read, Weights, locate, open_weights
+from raytune_ds.model.weights import Read, Weights, fill_buffers, locate, open_weights
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,7 @@ def build(
     end_to_end = runs_on_packs(config)
     base = skeleton(config, packed_attention(config) if end_to_end else own_attention(config))
     weights = open_weights(locate(config, revision), base)
-    for name, buffer in base.named_buffers():
-        if name in weights:
-            buffer.copy_(weights(name, 0, buffer.numel()).view_as(buffer))
+    fill_buffers(base, weights)
     hold_in(base, dtype)
     decoder, _ = parts(base)
     names = {id(parameter): name for name, parameter in base.named_parameters()}

@@ -180,9 +180,7 @@ def _quantized(
     base = skeleton(config, own_attention(config)).requires_grad_(False)
     folder = weights.locate(config, revision)
     opened = weights.open_weights(folder, base)
-    for name, buffer in base.named_buffers():
-        if name in opened:
-            buffer.copy_(opened(name, 0, buffer.numel()).view_as(buffer))
+    weights.fill_buffers(base, opened)
     hold_in(base, dtype)
     packings = quantize.packings(base, config.quantization).values()
     names = {id(parameter): name for name, parameter in base.named_parameters()}

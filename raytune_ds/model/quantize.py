@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from raytune_ds.model.lowbits import LowBits, low_bits
 from raytune_ds.model.weights import Read
@@ -294,22 +294,3 @@ def logical_shapes(module: nn.Module) -> dict[str, torch.Size]:
         for prefix, chain in module.named_modules()
         if isinstance(chain, parametrize.ParametrizationList) and isinstance(chain[0], _Unpack)
     }
-
-
-def for_transformers(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What `from_pretrained` takes to hold the linear layers alike; None where bitsandbytes does not hold them.
-
-    transformers leaves fused routed experts as they are: `load.load_for_generation` does not.
-
-    Args:
-        quantization: as `model.quantization`.
-        dtype: that is computed in.
-    """
-    if quantization == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None

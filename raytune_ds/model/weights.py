@@ -277,6 +277,13 @@ def open_weights(folder: Path, model: PreTrainedModel) -> Weights:
     return Weights([_open(path) for path in files(folder)], str(folder), model, _grown(model))
 
 
+def fill_buffers(model: PreTrainedModel, weights: Weights) -> None:
+    """Gives a skeleton those buffers that the files hold, such as a router's biases."""
+    for name, buffer in model.named_buffers():
+        if name in weights:
+            buffer.copy_(weights(name, 0, buffer.numel()).view_as(buffer))
+
+
 def _open(path: Path) -> File:
     try:
         return TensorFile(str(path)) if path.suffix == ".safetensors" else _PickledFile(path)

@@ -255,14 +255,21 @@ def test_transformers_and_peft_compute_the_same(
 ) -> None:
     """An adapter on a base that plain transformers has quantised, on ours, and in training."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     folder = folders[architecture]
     made = built(folder, "nf4")
     give_adapter_a_say(made.module)
     made.module.model.save_pretrained(tmp_path, save_embedding_layers=False)
     plain: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=FLOAT, quantization_config=quantize.for_transformers("nf4", FLOAT)
+        folder,
+        dtype=FLOAT,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=FLOAT,
+        ),
     )
     config = ModelConfig(name=str(folder), quantization="nf4")
     ids = torch.arange(5, 45).view(1, -1)
