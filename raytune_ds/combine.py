@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from raytune_ds.config import ModelConfig
-from raytune_ds.errors import UserError
+from raytune_ds.errors import UserError, first_line
 from raytune_ds.model.load import skeleton
-from raytune_ds.wrapped import ADAPTER_FILE, first_line, load_adapter, stand_in, vocabulary
+from raytune_ds.wrapped import ADAPTER_FILE, load_adapter, stand_in, vocabulary
 
 COMBINATIONS = (
     "cat",

@@ -13,6 +13,12 @@ class UserError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without the paragraphs that follow and the last full stop."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 class Stopped(KeyboardInterrupt):
     """A signal asked this process to end: Ctrl-C, `ray job stop`, a pod or a node that goes away.
 

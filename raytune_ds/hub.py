@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from raytune_ds.errors import UserError
+from raytune_ds.errors import UserError, first_line
 
 TIMEOUT_S = 10.0
 
@@ -32,12 +32,6 @@ def commit_of(model: str) -> str | None:
 
     config = try_to_load_from_cache(model, "config.json")
     return Path(config).parent.name if isinstance(config, str) else None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of an HTTP library says, without the paragraphs that follow."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _check(kind: Literal["dataset", "model"], name: str) -> str:

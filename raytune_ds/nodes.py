@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raytune_ds.hub import first_line
+from raytune_ds.errors import first_line
 
 NOT_INSTALLED = "raytune_ds is not installed there"
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from raytune_ds.errors import UserError
-from raytune_ds.hub import first_line
+from raytune_ds.errors import UserError, first_line
 
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 

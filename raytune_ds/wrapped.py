@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from raytune_ds.errors import UserError
+from raytune_ds.errors import UserError, first_line
 
 ADAPTER_FILE = "adapter_model.safetensors"  # as peft calls it
 PART_BYTES = 1 << 28
@@ -249,7 +249,3 @@ def load_adapter(path: Path) -> dict[str, torch.Tensor]:
 def config_of(adapter: Path) -> dict[str, Any]:
     values = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     return dict(values)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,7 +17,7 @@ from raytune_ds.data.formats import kind_of
 from raytune_ds.data.readers_json import is_json_lines, json_rows
 from raytune_ds.data.readers_lines import Found, Unreadable, csv_rows, jsonl_rows, txt_rows
 from raytune_ds.data.sources import SourceFile
-from raytune_ds.errors import UserError
+from raytune_ds.errors import UserError, first_line
 from raytune_ds.storage import open_filesystem
 
 _CHUNK = 1 << 20  # bytes a read
@@ -78,7 +78,7 @@ def _hub_rows(file: SourceFile) -> Iterator[Found]:
     except Exception as error:  # errors of its filesystems, HTTP library and readers come through as they are
         raise UserError(
             f"Hugging Face dataset '{file.path}': its split '{file.split}' can't be read: {type(error).__name__}:"
-            f" {hub.first_line(error)}. Where it has other splits or several configurations, name them: "
+            f" {first_line(error)}. Where it has other splits or several configurations, name them: "
             f"{{path: {file.path}, subset: ..., split: ...}}"
         ) from error
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from raytune_ds import network, storage
 from raytune_ds.doctor.finding import Finding, Status
 from raytune_ds.doctor.versions import MISSING, versions
-from raytune_ds.hub import first_line
+from raytune_ds.errors import first_line
 
 GIB = 1 << 30
 SHM = Path("/dev/shm")

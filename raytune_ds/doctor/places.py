@@ -6,7 +6,7 @@ import time
 import uuid
 
 from raytune_ds import storage
-from raytune_ds.hub import first_line
+from raytune_ds.errors import first_line
 
 # A network file system may show a new file late.
 PATIENCE_S = 2.0

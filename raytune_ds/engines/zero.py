@@ -22,7 +22,7 @@ from raytune_ds.engines.adamw import adamw_settings, groups_of
 from raytune_ds.engines.ds.config import ds_config
 from raytune_ds.engines.ds.work import DsConfig, Facts
 from raytune_ds.engines.fill import become, fill, move_buffers
-from raytune_ds.errors import UserError
+from raytune_ds.errors import UserError, first_line
 from raytune_ds.model.build import Built
 from raytune_ds.model.weights import Read
 from raytune_ds.world import World
@@ -203,7 +203,7 @@ def prepare(made: DsConfig, device: torch.device, say: Callable[[str], None]) ->
         from deepspeed.ops.op_builder import CPUAdamBuilder
     except Exception as error:  # it looks for compilers, CUDA, MPI and more while it is imported
         raise UserError(
-            f"engine.kind = zero: DeepSpeed can't be imported here: {_first_line(error)}"
+            f"engine.kind = zero: DeepSpeed can't be imported here: {first_line(error)}"
         ) from error
     if not made.optimizer_on_cpu:
         return
@@ -223,12 +223,8 @@ def prepare(made: DsConfig, device: torch.device, say: Callable[[str], None]) ->
             + (f" ({' and '.join(missing)} not found)" if missing else "")
             + ".\nInstall a C++ compiler and ninja on every node (apt install build-essential ninja-build), on GPU "
             "nodes the CUDA toolkit too, and start again: the first build takes about a minute. Or set "
-            "engine.offload=none.\n" + _first_line(error)
+            "engine.offload=none.\n" + first_line(error)
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # -------------------------------------------------------------------------------------- what a rank keeps
