@@ -245,18 +245,11 @@ def finished(path: str) -> tuple[Path, dict[str, Any]]:
     Raises:
         UserError: it is none.
     """
-    run = RunDir(storage.absolute(path))
-    if not storage.is_local(run.path):
+    if not storage.is_local(path):
         raise UserError(
             f"--run {path}: copy the run directory to this machine first (config.json and final/ will do)."
         )
-    config = storage.read_json(run.config)
-    if config is None:
-        raise UserError(f"--run {path}: no run directory (it has no config.json).")
-    if not storage.exists(run.final):
-        raise UserError(
-            f"--run {path}: the run has not finished (no final/). Start the same command again to go on."
-        )
+    run, config = RunDir.finished(path)
     return Path(run.final), config
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_ds import storage
+from raytune_ds.errors import UserError
 from raytune_ds.storage import finite
 
 
@@ -29,6 +30,32 @@ class RunDir:
     """Paths of one run, on any filesystem pyarrow opens."""
 
     path: str
+
+    @staticmethod
+    def finished(path: str) -> tuple[RunDir, dict[str, Any]]:
+        """A finished run, anywhere, and its config, as --run names it.
+
+        Raises:
+            UserError: it is none.
+        """
+        run = RunDir(storage.absolute(path))
+        config = storage.read_json(run.config)
+        if config is None:
+            raise UserError(f"--run {path}: no run directory (it has no config.json).")
+        if not storage.exists(run.final):
+            raise UserError(
+                f"--run {path}: the run has not finished (no final/). Start the same command again to go on."
+            )
+        return run, config
+
+    @staticmethod
+    def of_final(final: str) -> tuple[RunDir, dict[str, Any]] | None:
+        """The run whose final/ a folder is, and its config; None where it is nobody's, or was taken elsewhere."""
+        run = RunDir(storage.absolute(final).rstrip("/").rpartition("/")[0])
+        if storage.absolute(final).rstrip("/") != run.final:
+            return None
+        config = storage.read_json(run.config)
+        return (run, config) if isinstance(config, dict) and "model" in config else None
 
     @property
     def name(self) -> str:

@@ -28,6 +28,7 @@ class Wanted:
         max_model_len: tokens of a prompt and its answer; None leaves it to the model.
         max_concurrency: requests answered at once.
         trust_remote_code: as `model.trust_remote_code`.
+        quantization: as `model.quantization`, of the base model that the adapter was trained on.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Wanted:
     max_model_len: int | None
     max_concurrency: int
     trust_remote_code: bool = False
+    quantization: str = "none"
 
 
 def settings(wanted: Wanted) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def settings(wanted: Wanted) -> dict[str, Any]:
     adapter = storage.read_json(f"{wanted.folder}/adapter_config.json")
     if adapter is None:
         return _config(wanted.name, wanted.folder, engine)
-    _check(adapter, wanted.folder)
+    _check(adapter, wanted)
     engine |= {
         "enable_lora": True,
         "max_loras": 1,
@@ -84,13 +86,19 @@ def chat_template(folder: str) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _check(adapter: Mapping[str, Any], folder: str) -> None:
+def _check(adapter: Mapping[str, Any], wanted: Wanted) -> None:
+    folder = wanted.folder
     instead = (
         "Merge it, and serve that: raytune-ds export --run DIR --to merged, then raytune-ds serve --model DIR. "
         "Or serve it by --engine transformers."
     )
     if reasons := refusals(adapter):
         raise UserError(f"{folder}: vLLM can't serve this adapter: {'; '.join(reasons)}.\n{instead}")
+    if wanted.quantization != "none":
+        raise UserError(
+            f"{folder}: was trained on its base model held in {wanted.quantization}, and vLLM would put it on the "
+            f"unquantised one, which it was not trained on.\n{instead}"
+        )
     if not folder.startswith(BUCKETS):
         raise UserError(
             f"{folder}: Ray Serve fetches adapters from {', '.join(BUCKETS)} only, and this one is a local folder. Put "

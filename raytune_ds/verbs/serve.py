@@ -6,13 +6,15 @@ import argparse
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from raytune_ds.console import say
+from raytune_ds.console import say, warn
 from raytune_ds.errors import UserError
 from raytune_ds.verbs.answers import add_model, generator
 
 SUMMARY = "serve a finished run to OpenAI's clients"
 NEEDED = ("fastapi", "uvicorn", "openai")
+MAX_WAITING = 1024
 
 
 def add(verb: argparse.ArgumentParser) -> None:
@@ -34,10 +36,13 @@ def add(verb: argparse.ArgumentParser) -> None:
         "--engine",
         choices=("auto", "transformers", "vllm"),
         default="auto",
-        help="vllm is Ray Serve on GPUs; auto takes it where there are both GPU and vLLM",
+        help="vllm is Ray Serve on GPUs; auto takes it where there are both GPU and vLLM, and it can serve this",
     )
     verb.add_argument(
-        "--max-waiting", type=int, default=1024, metavar="N", help="requests that may wait beside them (1024)"
+        "--max-waiting",
+        type=int,
+        metavar="N",
+        help=f"requests that may wait beside them ({MAX_WAITING}); vllm queues by rules of its own",
     )
 
 
@@ -46,10 +51,21 @@ def run(arguments: argparse.Namespace) -> int:
     for name, least in (("max_concurrency", 1), ("max_waiting", 0), ("max_model_len", 2)):
         if (value := getattr(arguments, name)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: {least} or more is wanted.")
-    if arguments.engine == "vllm" or (arguments.engine == "auto" and _has_vllm()):
-        _by_vllm(arguments)
-    else:
+    if arguments.engine == "transformers" or (arguments.engine == "auto" and not _has_vllm()):
         _by_transformers(arguments)
+        return 0
+    source = _source(arguments)
+    try:
+        settings, names = _for_vllm(arguments, source)
+    except UserError as error:
+        if arguments.engine == "vllm":
+            raise
+        say(f"served by transformers, not vLLM: {str(error).splitlines()[0]}")
+        _by_transformers(arguments)
+        return 0
+    from raytune_ds.serving.rayserve import serve
+
+    serve(settings, names, arguments.host, arguments.port)
     return 0
 
 
@@ -70,6 +86,7 @@ def _by_transformers(arguments: argparse.Namespace) -> None:
 
     token = token_for(arguments.host, os.environ)
     bound = bind(arguments.host, arguments.port)
+    _warn_of_another_base(arguments)
     say("loading the model ...", style="dim")
     from raytune_ds.serving.app import Served
     from raytune_ds.serving.line import Line
@@ -77,12 +94,17 @@ def _by_transformers(arguments: argparse.Namespace) -> None:
 
     model = generator(arguments)
     served = Served(_name(arguments), _context(arguments, model.context), arguments.host, token)
-    serve(model, Line(model, arguments.max_concurrency, arguments.max_waiting), served, bound)
+    waiting = MAX_WAITING if arguments.max_waiting is None else arguments.max_waiting
+    serve(model, Line(model, arguments.max_concurrency, waiting), served, bound)
 
 
-def _by_vllm(arguments: argparse.Namespace) -> None:
-    from raytune_ds.serving.address import is_loopback
-    from raytune_ds.serving.rayserve import serve
+def _for_vllm(arguments: argparse.Namespace, source: Source) -> tuple[dict[str, Any], list[str]]:
+    """What Ray Serve is told, and the names by which clients call what is served.
+
+    Raises:
+        UserError: vLLM can't serve it, or not as it is asked for.
+    """
+    from raytune_ds.serving.address import TOKEN, is_loopback
     from raytune_ds.serving.vllm import Wanted, served_names, settings
 
     if not is_loopback(arguments.host):
@@ -90,23 +112,67 @@ def _by_vllm(arguments: argparse.Namespace) -> None:
             f"--host {arguments.host}: Ray Serve asks nobody for a token, so it is served on loopback only; put what "
             "does ask (nginx, an ingress) in front of it, or choose --engine transformers."
         )
-    folder, trust = _folder(arguments)
-    wanted = Wanted(_name(arguments), folder, arguments.max_model_len, arguments.max_concurrency, trust)
-    serve(settings(wanted), served_names(wanted), arguments.host, arguments.port)
+    if os.environ.get(TOKEN, "").strip():
+        raise UserError(
+            f"{TOKEN} is set, and Ray Serve asks nobody for a token; it listens on loopback only. Unset it (env -u "
+            f"{TOKEN} raytune-ds serve ...) if that will do, or choose --engine transformers, which asks for it."
+        )
+    if arguments.max_waiting is not None:
+        raise UserError(
+            f"--max-waiting {arguments.max_waiting}: has no effect on vLLM, which queues by rules of its own; leave it "
+            "out, or choose --engine transformers."
+        )
+    wanted = Wanted(
+        _name(arguments),
+        source.folder,
+        arguments.max_model_len,
+        arguments.max_concurrency,
+        source.trust_remote_code,
+        source.quantization,
+    )
+    return settings(wanted), served_names(wanted)
 
 
-def _folder(arguments: argparse.Namespace) -> tuple[str, bool]:
-    """Where the adapter or model lies, anywhere, and whether its own code is trusted."""
+class Source(NamedTuple):
+    """Where the adapter or model lies, anywhere, and how its base model was held in training."""
+
+    folder: str
+    trust_remote_code: bool
+    quantization: str
+
+
+def _source(arguments: argparse.Namespace) -> Source:
     from raytune_ds import storage
     from raytune_ds.rundir import RunDir
 
     if arguments.model_dir:
-        return storage.absolute(arguments.model_dir), False
-    run = RunDir(storage.absolute(arguments.run_dir))
-    config = storage.read_json(run.config)
-    if config is None or not storage.exists(run.final):
-        raise UserError(f"--run {arguments.run_dir}: no finished run (it has no config.json, or no final/).")
-    return run.final, bool(config["model"]["trust_remote_code"])
+        folder = storage.absolute(arguments.model_dir)
+        return Source(folder, False, _trained_on(folder))
+    run, config = RunDir.finished(arguments.run_dir)
+    model = config["model"]
+    return Source(run.final, bool(model["trust_remote_code"]), model.get("quantization", "none"))
+
+
+def _trained_on(folder: str) -> str:
+    """`model.quantization` of the run whose final/ a folder is; "none" too where it is nobody's."""
+    from raytune_ds.rundir import RunDir
+
+    found = RunDir.of_final(folder)
+    return str(found[1]["model"].get("quantization", "none")) if found else "none"
+
+
+def _warn_of_another_base(arguments: argparse.Namespace) -> None:
+    """A directory is answered on the base model as it is, whatever a run held it in."""
+    if not arguments.model_dir:
+        return
+    from raytune_ds import storage
+
+    folder = storage.absolute(arguments.model_dir)
+    if (held := _trained_on(folder)) != "none" and storage.exists(f"{folder}/adapter_config.json"):
+        warn(
+            f"--model {arguments.model_dir}: was trained on its base model held in {held}, and is answered on the "
+            f"unquantised one; --run {folder.rpartition('/')[0]} answers as it was trained"
+        )
 
 
 def _name(arguments: argparse.Namespace) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from peft import IA3Config, LoraConfig, PeftConfig
@@ -14,7 +14,9 @@ from raytune_ds import cli, storage
 from raytune_ds.errors import UserError
 from raytune_ds.servable import LIMITS, refusals
 from raytune_ds.serving import vllm
+from raytune_ds.serving.address import TOKEN
 from raytune_ds.serving.vllm import Wanted, served_names, settings
+from raytune_ds.verbs import serve as verb
 from tests.unit.test_generate import as_run
 
 PLAIN: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "o_proj"]}
@@ -101,6 +103,14 @@ def test_a_local_adapter_is_refused_with_what_to_do(tmp_path: Path) -> None:
         settings(Wanted("law:1", str(tmp_path), None, 8))
 
 
+def test_an_adapter_of_a_quantised_base_is_refused_and_its_merged_model_is_not(
+    run: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"held in nf4.*\n.*export --run DIR --to merged"):
+        settings(Wanted("law", f"{run}/final", None, 8, quantization="nf4"))
+    assert settings(Wanted("law", str(tmp_path), None, 8, quantization="nf4"))["model_loading_config"]
+
+
 def test_the_template_is_found_in_either_file(tmp_path: Path) -> None:
     assert vllm.chat_template(str(tmp_path)) is None
     storage.write_json(f"{tmp_path}/tokenizer_config.json", {"chat_template": "in the config"})
@@ -121,10 +131,136 @@ def test_the_verb_refuses_before_ray_starts(
     assert cli.main([*command, str(folder), "--host", "0.0.0.0"]) == 2
     assert "loopback only" in capsys.readouterr().err
     assert cli.main([*command, str(tmp_path)]) == 2
-    assert "no finished run" in capsys.readouterr().err
+    assert "no run directory" in capsys.readouterr().err
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name in ("fastapi", "vllm") else find(name, *a)
     )
     assert cli.main(["serve", "--run", str(folder)]) == 2
     assert "raytune_ds[serve]" in capsys.readouterr().err
+
+
+# ---- which engine ---------------------------------------------------------------------------------
+
+
+class Started(NamedTuple):
+    """What a verb has started: by which engine, and with what."""
+
+    engine: str
+    given: Any
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Started]:
+    """On a machine with a GPU and vLLM, on which nothing really starts."""
+    found: list[Started] = []
+    monkeypatch.setattr(verb, "_has_vllm", lambda: True)
+    monkeypatch.setattr(
+        verb, "_by_transformers", lambda arguments: found.append(Started("transformers", arguments))
+    )
+    monkeypatch.setattr(
+        "raytune_ds.serving.rayserve.serve", lambda *given: found.append(Started("vllm", given))
+    )
+    monkeypatch.delenv(TOKEN, raising=False)
+    return found
+
+
+@pytest.fixture
+def remote(bucket: str, run: str, tmp_path: Path) -> str:
+    """A run in a bucket that vLLM can serve."""
+    config = {"model": {"name": BASE, "trust_remote_code": False}}
+    (tmp_path / "bucket" / "runs" / "law" / "config.json").write_text(json.dumps(config))
+    return run
+
+
+def quantise(folder: Path) -> None:
+    """A run that held its base model in 4 bits."""
+    values = json.loads((folder / "config.json").read_text())
+    values["model"]["quantization"] = "nf4"
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_auto_takes_vllm_for_what_it_can_serve(remote: str, started: list[Started]) -> None:
+    assert cli.main(["serve", "--run", remote]) == 0
+    (one,) = started
+    assert one.engine == "vllm"
+    assert one.given[1:] == (["law:final", "law"], "127.0.0.1", 8000)
+
+
+@pytest.mark.parametrize(("adapter", "more", "reason"), [
+    ({}, [], "this one is a local folder"),
+    ({"use_dora": True}, [], "it has DoRA"),
+    ({}, ["--host", "0.0.0.0"], "on loopback only"),
+    ({}, ["--max-waiting", "3"], "--max-waiting 3: has no effect on vLLM"),
+])  # fmt: skip
+def test_auto_falls_back_to_transformers_and_says_why(
+    tmp_path: Path,
+    started: list[Started],
+    capsys: pytest.CaptureFixture[str],
+    adapter: dict[str, Any],
+    more: list[str],
+    reason: str,
+) -> None:
+    saved(tmp_path / "adapter", LoraConfig(**PLAIN, **adapter, base_model_name_or_path=BASE))
+    folder = as_run(tmp_path / "law", BASE, tmp_path / "adapter")
+    assert cli.main(["serve", "--run", str(folder), *more]) == 0
+    assert [one.engine for one in started] == ["transformers"]
+    said = capsys.readouterr().out
+    assert reason in words(said)
+    assert said.startswith("served by transformers, not vLLM: ")
+    assert len(said.splitlines()) == 1
+    assert cli.main(["serve", "--run", str(folder), *more, "--engine", "vllm"]) == 2
+    assert reason in words(capsys.readouterr().err)
+    assert len(started) == 1
+
+
+def test_vllm_does_not_start_with_a_token_that_it_would_not_ask_for(
+    remote: str, started: list[Started], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN, "s3cret")
+    assert cli.main(["serve", "--run", remote, "--engine", "vllm"]) == 2
+    said = words(capsys.readouterr().err)
+    assert f"{TOKEN} is set, and Ray Serve asks nobody for a token; it listens on loopback only" in said
+    assert "s3cret" not in said
+    assert started == []
+    assert cli.main(["serve", "--run", remote]) == 0
+    assert [one.engine for one in started] == ["transformers"]
+
+
+@pytest.mark.parametrize("named", ["--run", "--model"])
+def test_vllm_does_not_put_an_adapter_on_another_base_than_it_was_trained_on(
+    remote: str, tmp_path: Path, started: list[Started], capsys: pytest.CaptureFixture[str], named: str
+) -> None:
+    quantise(tmp_path / "bucket" / "runs" / "law")
+    place = remote if named == "--run" else f"{remote}/final"
+    assert cli.main(["serve", named, place, "--engine", "vllm"]) == 2
+    assert "held in nf4, and vLLM would put it on the unquantised one" in words(capsys.readouterr().err)
+    assert started == []
+
+
+def test_a_final_of_a_quantised_run_is_not_answered_as_trained_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By --model, that is; by --run it is as it was."""
+    saved(tmp_path / "adapter", LoraConfig(**PLAIN, base_model_name_or_path=BASE))
+    folder = as_run(tmp_path / "law", BASE, tmp_path / "adapter")
+
+    def given(*names: str) -> str:
+        monkeypatch.setattr(verb, "generator", refuse)
+        assert cli.main(["serve", "--engine", "transformers", "--port", "0", *names]) == 2
+        return words(capsys.readouterr().err)
+
+    def refuse(arguments: Any) -> None:
+        raise UserError("loaded so far")
+
+    assert "warning" not in given("--model", str(folder / "final"))
+    quantise(folder)
+    assert f"held in nf4, and is answered on the unquantised one; --run {folder}" in given(
+        "--model", str(folder / "final")
+    )
+    assert "warning" not in given("--model", str(tmp_path / "adapter"))
+    assert "warning" not in given("--run", str(folder))
