@@ -36,7 +36,7 @@ def model_card(
         # The hub refuses a card whose base model it does not have.
         **({"base_model": config.model.name} if _is_of_the_hub(config.model.name) else {}),
         "library_name": library,
-        "tags": ["raytune_ds", config.objective.kind, *(["lora"] if is_adapter else [])],
+        "tags": ["raytune_ds", config.objective.kind, *([config.adapter.kind] if is_adapter else [])],
     }
     return "\n".join(
         (
@@ -66,7 +66,7 @@ def exported_card(
     library: str,
     title: str,
     facts: Sequence[tuple[str, str]],
-    results: Sequence[Mapping[str, Any]] = (),
+    kind: str = "",
 ) -> str:
     """The card of an export: that of the run, and what has happened since.
 
@@ -75,19 +75,17 @@ def exported_card(
         library: which library loads it: peft or transformers.
         title: what the export is, in a sentence.
         facts: name and value of what is worth knowing of it.
-        results: of evaluations, whatever keys they have.
+        kind: of the adapter that a merged model was made with; as a tag, it would tell of an adapter.
     """
     head, text = _parts(card)
     head["library_name"] = library
     if library != "peft":
-        head["tags"] = [tag for tag in head.get("tags") or () if tag not in ("lora", "peft")]
+        head["tags"] = [tag for tag in head.get("tags") or () if tag not in (kind, "lora", "peft")]
         if "base_model" in head:
             head["base_model_relation"] = "finetune"
     rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts]
     lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "", text.strip(), ""]
     lines += ["## Export", "", title, "", "| | |", "|---|---|", *rows, ""]
-    if results:
-        lines += ["## Evaluation", "", *(f"- {_result(result)}" for result in results), ""]
     return "\n".join(lines)
 
 
@@ -101,19 +99,6 @@ def _parts(card: str) -> tuple[dict[str, Any], str]:
     except yaml.YAMLError:
         values = None
     return (values if isinstance(values, dict) else {}), text
-
-
-def _result(result: Mapping[str, Any]) -> str:
-    """One evaluation in a line: the numbers and texts that it holds, those of a dict below it too."""
-    flat: dict[str, Any] = {}
-    for key, value in result.items():
-        flat |= (
-            {f"{key}.{name}": each for name, each in value.items()}
-            if isinstance(value, dict)
-            else {key: value}
-        )
-    shown = {key: value for key, value in flat.items() if isinstance(value, str | int | float)}
-    return ", ".join(f"{k}: {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in shown.items())
 
 
 def _cell(text: str) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Origin:
         revision: the commit of a base model of the hub.
         facts: its lineage, name and value, for the model card.
         documents: token ids of what it was trained on; none if that is gone.
-        results: of evaluations.
+        began_with: the model that a whole model was made from; None where that is unknown.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class Origin:
     revision: str | None = None
     facts: tuple[tuple[str, str], ...] = ()
     documents: tuple[Sequence[int], ...] = ()
-    results: tuple[Mapping[str, Any], ...] = field(default=())
+    began_with: ModelConfig | None = None
 
 
 @contextlib.contextmanager
@@ -48,14 +48,7 @@ def of_run(path: str) -> Iterator[Origin]:
     Raises:
         UserError: it is no finished run, or its base model is gone or not what it was.
     """
-    run = RunDir(storage.absolute(path))
-    config = storage.read_json(run.config)
-    if config is None:
-        raise UserError(f"--run {path}: no run directory (it has no config.json).")
-    if not storage.exists(run.final):
-        raise UserError(
-            f"--run {path}: the run has not finished (no final/). Start the same command again to go on."
-        )
+    run, config = RunDir.finished(path)
     with _local(run.final) as folder:
         yield _origin(run, config, folder)
 
@@ -77,13 +70,14 @@ def of_adapters(
         UserError: they can't be combined.
     """
     with contextlib.ExitStack() as opened:
-        folders = [opened.enter_context(_local(_adapter_below(path))) for path in paths]
-        base = ModelConfig(name=combine.base_of(folders))
+        places = [_adapter_below(path) for path in paths]
+        folders = [opened.enter_context(_local(place)) for place in places]
+        base, revision, of_base = _shared(paths, places, combine.base_of(folders))
         combined = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="raytune-combined-")))
         combine.combine(folders, base, combination, weights, density, seed, combined)
         _copy_tokenizer(folders[0], combined)
         facts = (
-            ("base model", base.name),
+            *of_base,
             *(
                 (f"adapter {n + 1}", f"{p}, weight {w:g}")
                 for n, (p, w) in enumerate(zip(paths, weights, strict=True))
@@ -91,7 +85,7 @@ def of_adapters(
             ("combination", combination + (f", density {density:g}" if density is not None else "")),
             *((("seed", str(seed)),) if "dare" in combination else ()),
         )
-        yield Origin(combined, base, facts=facts)
+        yield Origin(combined, base, revision, facts)
 
 
 def _origin(run: RunDir, config: Mapping[str, Any], folder: Path) -> Origin:
@@ -108,35 +102,31 @@ def _origin(run: RunDir, config: Mapping[str, Any], folder: Path) -> Origin:
         ("seed", str(config["run"]["seed"])),
         ("base model held in", "" if quantization == "none" else quantization),
     ]
-    base, revision = None, None
+    model = ModelConfig.model_validate(config["model"])
+    base = None
     if (folder / "adapter_config.json").is_file():
         adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base = ModelConfig.model_validate(config["model"] | {"name": adapter["base_model_name_or_path"]})
+        base = model.model_copy(update={"name": adapter["base_model_name_or_path"]})
         _require_same_base(base, weights)
-        commit = weights.rpartition("@")[2] if weights.startswith(f"{base.name}@") else "None"
-        revision = None if commit == "None" else commit
     return Origin(
         folder,
         base,
-        revision,
+        _commit(base or model, weights),
         tuple((name, value) for name, value in facts if value),
         documents,
-        _results(run),
+        None if base else model,
     )
 
 
 def _known(run: RunDir) -> tuple[dict[str, Any], tuple[Sequence[int], ...]]:
     """What the newest checkpoint says the run was made with, and a few documents; nothing where that is gone."""
-    try:
-        manifest = checkpoint.newest_complete(run.checkpoints)
-    except (OSError, ValueError, KeyError, TypeError):
-        manifest = None
-    if manifest is None:
+    identity = _identity(run)
+    if not identity:
         return {}, ()
     try:
         trained = Trained.read(run.path)
     except UserError:  # the prepared data are gone
-        return manifest.identity, ()
+        return identity, ()
     store = trained.store
     split = "eval" if store.split("eval").num_packs else "train"
     pack = store.reader(split).pack(Place(0, 0))
@@ -145,6 +135,15 @@ def _known(run: RunDir) -> tuple[dict[str, Any], tuple[Sequence[int], ...]]:
         documents.append(pack["ids"][start : start + length].tolist())
         start += int(length)
     return trained.identity, tuple(documents)
+
+
+def _identity(run: RunDir) -> dict[str, Any]:
+    """What the newest checkpoint says the run was made with; empty where there is none."""
+    try:
+        manifest = checkpoint.newest_complete(run.checkpoints)
+    except (OSError, ValueError, KeyError, TypeError):
+        manifest = None
+    return dict(manifest.identity) if manifest else {}
 
 
 def _require_same_base(base: ModelConfig, weights: str) -> None:
@@ -156,14 +155,61 @@ def _require_same_base(base: ModelConfig, weights: str) -> None:
         )
 
 
-def _results(run: RunDir) -> tuple[Mapping[str, Any], ...]:
-    """Those of evaluation.json, as far as they can be read."""
-    try:
-        found = storage.read_json(f"{run.path}/evaluation.json")
-    except (OSError, ValueError):
-        return ()
-    results = found.get("results") if isinstance(found, dict) else None
-    return tuple(each for each in results if isinstance(each, dict)) if isinstance(results, list) else ()
+def _commit(base: ModelConfig, weights: str) -> str | None:
+    """Of a model of the hub, as the fingerprint of a run has it."""
+    commit = weights.rpartition("@")[2] if weights.startswith(f"{base.name}@") else "None"
+    return None if commit == "None" else commit
+
+
+def _shared(
+    paths: Sequence[str], places: Sequence[str], name: str
+) -> tuple[ModelConfig, str | None, tuple[tuple[str, str], ...]]:
+    """The base model that all adapters were trained on, its commit, and both as facts.
+
+    A folder that is no run's own does not say how its base model was held: unquantised, that is.
+
+    Args:
+        paths: as the user names them.
+        places: their peft directories.
+        name: of the base model.
+
+    Raises:
+        UserError: they were trained on several, or on one that is held in several ways.
+    """
+    runs = [RunDir.of_final(place) for place in places]
+    models = [ModelConfig.model_validate((run[1]["model"] if run else {}) | {"name": name}) for run in runs]
+    told = [str(_identity(run[0]).get("model.weights", "")) if run else "" for run in runs]
+    _require_one(
+        paths,
+        ["full precision" if m.quantization == "none" else m.quantization for m in models],
+        "were trained on a base model that was held in",
+        "Each makes up for what its own has lost, so they do not add up. Of a folder that was taken out of its run, "
+        "name the run instead.",
+    )
+    known = [(path, weights) for path, weights in zip(paths, told, strict=True) if weights]
+    _require_one(
+        [path for path, _ in known],
+        [weights for _, weights in known],
+        "were trained on base models with the fingerprints",
+        "The files of the base model have changed between the runs.",
+    )
+    fingerprint_then = known[0][1] if known else ""
+    trusted = any(model.trust_remote_code for model in models)
+    base = next((model for model, run in zip(models, runs, strict=True) if run), models[0])
+    base = base.model_copy(update={"trust_remote_code": trusted})
+    _require_same_base(base, fingerprint_then)
+    facts = (
+        ("base model", name),
+        ("base model's fingerprint", fingerprint_then),
+        ("base model held in", "" if base.quantization == "none" else base.quantization),
+    )
+    return base, _commit(base, fingerprint_then), tuple((key, value) for key, value in facts if value)
+
+
+def _require_one(paths: Sequence[str], values: Sequence[str], what: str, why: str) -> None:
+    if len(set(values)) > 1:
+        told = "\n".join(f"  {path}: {value}" for path, value in zip(paths, values, strict=True))
+        raise UserError(f"--merge-adapters: the adapters {what}:\n{told}\n{why}")
 
 
 def _adapter_below(path: str) -> str:

@@ -25,7 +25,6 @@ from raytune_ds import gguf
 from raytune_ds.console import ProgressLine, say, warn
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 from raytune_ds.errors import UserError
-from raytune_ds.evaluation.card import BEGIN
 from raytune_ds.logits import compare
 from raytune_ds.merge import Merged
 from raytune_ds.model.weights import Weights
@@ -36,9 +35,8 @@ from raytune_ds.push import push, token_for
 from raytune_ds.tensorfile import TensorFile
 from raytune_ds.tuned import dtype_to_compare_in, load_tuned
 from raytune_ds.world import World
-from raytune_ds.wrapped import ADAPTER_FILE, load_adapter
+from raytune_ds.wrapped import ADAPTER_FILE, config_of, load_adapter
 
-KINDS = ("adapter", "merged", "gguf-ready")
 LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 # For the comparison where the data of the run are gone.
 TEXTS = (
@@ -54,7 +52,7 @@ class Request:
     """What is asked for.
 
     Attributes:
-        to: one of KINDS.
+        to: adapter, merged or gguf-ready.
         target: the directory to make.
         compare: whether a merged model is compared with its adapter by their logits.
         push: ORG/NAME of the hub to upload to.
@@ -122,9 +120,16 @@ def _adapter(origin: Origin, staging: Path) -> list[str]:
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise ExportError(f"{bad[0]} is not finite")
     assert origin.base is not None
-    facts = [*origin.facts, ("loads with", f"peft, on {origin.base.name}")]
+    held = origin.base.quantization
+    on = origin.base.name + ("" if held == "none" else f", held in {held}")
+    facts = [*origin.facts, ("loads with", f"peft, on {on}")]
     _write_card(origin, staging, "peft", "The adapter, as it was trained.", facts)
-    return []
+    if held == "none":
+        return []
+    return [
+        f"for the base model held in {held}, as in training: on the unquantised one it answers a little differently; "
+        "--to merged is right without it"
+    ]
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -148,22 +153,24 @@ def _copy(source: Path, target: Path) -> None:
 def _model(origin: Origin, request: Request, staging: Path) -> list[str]:
     if origin.base is None:
         notes, facts = _whole(origin, request, staging)
-        title = "The model, as it was trained."
+        kind, title = "", "The model, as it was trained."
     else:
         notes, facts = _merge(origin, request, staging)
+        kind = str(config_of(origin.folder)["peft_type"]).lower()
         title = f"The adapter, merged into its base model {origin.base.name}."
-    _write_card(origin, staging, "transformers", title, [*origin.facts, *facts])
+    _write_card(origin, staging, "transformers", title, [*origin.facts, *facts], kind)
     return notes
 
 
 def _whole(origin: Origin, request: Request, staging: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    if request.to == "gguf-ready":
+        gguf.require_known(_config(origin.folder)["architectures"][0])
     _copy(origin.folder, staging)
     if request.to != "gguf-ready":
         return [], []
     files = [TensorFile(str(path)) for path in sorted(staging.glob("*.safetensors"))]
     dtypes = {file.dtype(name) for file in files for name in file.shapes}
     rows = next(shape[0] for file in files for name, shape in file.shapes.items() if "embed_tokens" in name)
-    gguf.require_known(_config(staging)["architectures"][0])
     return _for_gguf(origin, staging, rows, dtypes), []
 
 
@@ -242,43 +249,47 @@ class _Watched:
 
 
 def _tokenizer(origin: Origin) -> Any:
-    trust = origin.base.trust_remote_code if origin.base else False
+    model = origin.base or origin.began_with
+    trust = model is not None and model.trust_remote_code
     return load_tokenizer(TokenizerSpec(str(origin.folder), None, trust))
 
 
 def _write_card(
-    origin: Origin, staging: Path, library: str, title: str, facts: list[tuple[str, str]]
+    origin: Origin, staging: Path, library: str, title: str, facts: list[tuple[str, str]], kind: str = ""
 ) -> None:
     there = origin.folder / "README.md"
     card = there.read_text(encoding="utf-8") if there.is_file() else ""
-    results = () if BEGIN in card else origin.results  # an evaluation has written its own part of the card
-    text = exported_card(card, library, title, facts, results)
+    text = exported_card(card, library, title, facts, kind)
     (staging / "README.md").write_text(text, encoding="utf-8")
 
 
 def _licenses(origin: Origin, staging: Path) -> None:
     """The base model's, as its makers ask for."""
-    if origin.base is None:
+    model = origin.base or origin.began_with
+    if model is None or model.name.startswith("tiny:"):
         return
-    folder = Path(origin.base.name).expanduser()
-    if not folder.is_dir():
-        folder = _licenses_of_the_hub(origin)
-    for pattern in LICENSES:
-        for file in folder.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, staging / file.name)
+    there = Path(model.name).expanduser()
+    folder = there if there.is_dir() else _licenses_of_the_hub(model.name, origin.revision)
+    found = [] if folder is None else [file for pattern in LICENSES for file in folder.glob(pattern)]
+    for file in found:
+        if file.is_file():
+            shutil.copyfile(file, staging / file.name)
 
 
-def _licenses_of_the_hub(origin: Origin) -> Path:
+def _licenses_of_the_hub(name: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
 
-    assert origin.base is not None
-    try:
-        return Path(snapshot_download(origin.base.name, revision=origin.revision, allow_patterns=[*LICENSES]))
-    except Exception:  # no network: what is in the cache will do
-        found = base_folder(origin)
-        assert found is not None
-        return found
+    for local_only in (False, True):  # without a network, what is in the cache will do
+        with contextlib.suppress(Exception):
+            return Path(
+                snapshot_download(
+                    name, revision=revision, allow_patterns=[*LICENSES], local_files_only=local_only
+                )
+            )
+    warn(
+        f"the licence of {name} can't be fetched from the hub; put it beside the export before you pass it on"
+    )
+    return None
 
 
 # -------------------------------------------------------------------------------------------- the room

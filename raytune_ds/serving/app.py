@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from raytune_ds.errors import UserError
+from raytune_ds.errors import UserError, first_line
 from raytune_ds.generate import Generator
 from raytune_ds.serving.asked import Asked, Refused
 from raytune_ds.serving.gate import Gate, read_body
@@ -162,7 +162,7 @@ class _Ticket:
         while (piece := await self._pieces.get()) is not None:
             yield piece
         if self._error is not None:
-            raise Refused(500, f"the model failed: {str(self._error).splitlines()[0][:200]}", "model_failed")
+            raise Refused(500, f"the model failed: {first_line(self._error)[:200]}", "model_failed")
         if self.seat.answer.finish == "cancelled":
             raise GONE
 

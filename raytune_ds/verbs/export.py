@@ -29,10 +29,9 @@ def add(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument(
         "--to",
-        required=True,
         choices=KINDS,
-        help="adapter: as peft loads it; merged: a model as transformers loads it, in the base model's precision; "
-        "gguf-ready: one that llama.cpp converts",
+        help="adapter: as peft loads it (the default of --merge-adapters); merged: a model as transformers loads it, "
+        "in the base model's precision; gguf-ready: one that llama.cpp converts",
     )
     verb.add_argument("--output", metavar="DIR", help="the directory to make (DIR of --run/exports/KIND)")
     verb.add_argument(
@@ -60,6 +59,10 @@ def add(verb: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit code."""
+    if arguments.to is None:
+        if arguments.run_dir is not None:
+            raise UserError(f"--to is missing: choose one of {', '.join(KINDS)}.")
+        arguments.to = "adapter"
     if arguments.push:  # before anything is read
         from raytune_ds.push import token_for
 

@@ -13,7 +13,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from raytune_ds import cli, combine
+from raytune_ds import cli, combine, origin
+from raytune_ds.checkpoint import Manifest, directory, write_manifest
+from raytune_ds.config import ModelConfig
+from raytune_ds.model.load import load_for_generation
+from raytune_ds.model.weights import fingerprint
 from tests.unit.test_merge import EXPERTS, loaded, logits, lora, make_adapter
 
 FLOAT = torch.float32
@@ -97,6 +101,90 @@ def test_a_run_stands_for_its_adapter(base: Path, two: list[Path], tmp_path: Pat
     shutil.copytree(two[0], tmp_path / "run" / "final")
     assert export([tmp_path / "run", two[1]], tmp_path / "out", "--combination", "cat") == 0
     assert len(load_file(tmp_path / "out" / "adapter_model.safetensors")) == 24
+
+
+def test_an_adapter_is_made_unless_something_else_is_said(two: list[Path], tmp_path: Path) -> None:
+    words = [*("--combination", "ties"), *("--weights", "0.5", "0.5"), *("--density", "0.5")]
+    folders = [str(folder) for folder in two]
+    assert cli.main(["export", "--merge-adapters", *folders, *words, "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+
+
+# ---- how the adapters were trained ----------------------------------------------------------------
+
+
+def run_of(adapter: Path, folder: Path, weights: str = "", **model: Any) -> Path:
+    """A run directory with that adapter, and a checkpoint that says what its base model was."""
+    shutil.copytree(adapter, folder / "final")
+    (folder / "config.json").write_text(json.dumps({"model": {"name": "tiny:qwen2", **model}}))
+    if weights:
+        manifest = Manifest(1, 1, {"model.weights": weights}, {}, None, {}, ())
+        write_manifest(directory(f"{folder}/checkpoints", 1), manifest)
+    return folder
+
+
+def test_quantised_adapters_are_merged_into_what_they_saw(
+    base: Path, two: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    first = run_of(two[0], tmp_path / "a", quantization="nf4")
+    second = run_of(two[1], tmp_path / "b", quantization="nf4")
+    words = ("--combination", "cat", "--weights", "1", "0.5")
+    assert export([first, second / "final"], tmp_path / "adapter", *words) == 0
+    assert "for the base model held in nf4" in " ".join(capsys.readouterr().out.split())
+    assert "| base model held in | nf4 |" in (tmp_path / "adapter" / "README.md").read_text()
+    assert export([first, second / "final"], tmp_path / "merged", *words, to="merged") == 0
+    model = ModelConfig(name=str(base), quantization="nf4")
+    held = load_for_generation(model, FLOAT, torch.device("cpu"), tmp_path / "adapter")
+    expected = logits(held)
+    found = logits(loaded(tmp_path / "merged"))
+    assert (found - expected).abs().max() < 1e-4 * expected.std()
+    other = logits(PeftModel.from_pretrained(loaded(base, FLOAT), str(tmp_path / "adapter")))
+    assert (other - expected).abs().max() > 1e-3 * expected.std(), "not the base model that was quantised"
+
+
+@pytest.mark.parametrize("other", [{}, {"quantization": "int8"}, None])
+def test_adapters_of_bases_held_in_several_ways_are_not_combined(
+    two: list[Path], tmp_path: Path, other: dict[str, Any] | None, capsys: Any
+) -> None:
+    """A folder that was taken out of its run is of nobody knows what."""
+    first = run_of(two[0], tmp_path / "a", quantization="nf4")
+    second = two[1] if other is None else run_of(two[1], tmp_path / "b", **other)
+    assert export([first, second], tmp_path / "out") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{first}: nf4" in said
+    assert f"{second}: {'int8' if other else 'full precision'}" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_base_model_has_to_be_what_it_was(
+    base: Path, two: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    now = fingerprint(base)
+    first, second = run_of(two[0], tmp_path / "a", now), run_of(two[1], tmp_path / "b", "other")
+    assert export([first, second], tmp_path / "out") == 2
+    assert "trained on base models with the fingerprints" in " ".join(capsys.readouterr().err.split())
+    third = run_of(two[1], tmp_path / "c", now)
+    assert export([first, third], tmp_path / "out", "--combination", "cat") == 0
+    assert f"| base model's fingerprint | {now} |" in (tmp_path / "out" / "README.md").read_text()
+    values = json.loads((base / "config.json").read_text()) | {"changed": True}
+    (base / "config.json").write_text(json.dumps(values))
+    assert export([first, two[1]], tmp_path / "again", "--combination", "cat") == 2
+    assert "is not the base model that the adapter was trained on" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_code_is_trusted_and_commits_are_kept_as_the_runs_did(two: list[Path], tmp_path: Path) -> None:
+    for folder in two:
+        config = json.loads((folder / "adapter_config.json").read_text()) | {
+            "base_model_name_or_path": "org/base"
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    first = run_of(two[0], tmp_path / "a", "org/base@c0ffee")
+    second = run_of(two[1], tmp_path / "b", trust_remote_code=True)
+    places = [f"{folder}/final" for folder in (first, second)]
+    base, revision, _ = origin._shared(places, places, "org/base")
+    assert (base.name, base.trust_remote_code, revision) == ("org/base", True, "c0ffee")
 
 
 def test_adapters_of_other_bases_are_not_combined(

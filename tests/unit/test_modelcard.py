@@ -58,6 +58,10 @@ def test_the_metadata_of_an_adapter() -> None:
     }
 
 
+def test_other_kinds_than_lora_are_tagged_as_what_they_are() -> None:
+    assert head(card(adapter={"kind": "ia3"}))["tags"] == ["raytune_ds", "sft", "ia3"]
+
+
 def test_the_metadata_of_a_whole_model() -> None:
     text = card(
         model={"name": "deepseek-ai/DeepSeek-V3"}, adapter={"kind": "none"}, objective={"kind": "pretrain"}

@@ -10,6 +10,7 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import yaml
@@ -19,7 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from raytune_ds import cli, gguf, storage, takehome
 from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
-from raytune_ds.evaluation.card import BEGIN
+from raytune_ds.evaluation.card import section, update
+from raytune_ds.evaluation.comparison import Metric
+from raytune_ds.evaluation.intervals import Estimate
+from raytune_ds.evaluation.results import Measured
 from raytune_ds.logits import closeness_of
 from raytune_ds.merge import Merged
 from raytune_ds.modelfiles import ExportError
@@ -92,24 +96,28 @@ def test_without_comparison_the_card_says_so(origin: Origin, tmp_path: Path, mon
     assert "| compared with the adapter | no |" in card_of(tmp_path / "out")[1]
 
 
-def test_results_of_evaluations_are_in_the_card(origin: Origin, tmp_path: Path) -> None:
-    from dataclasses import replace
+@pytest.mark.parametrize("to", ["adapter", "merged"])
+def test_the_evaluation_in_the_runs_card_goes_along(origin: Origin, tmp_path: Path, to: str) -> None:
+    figure = Metric("exact", Estimate(0.5, 0.4, 0.6, 80))
+    measured = [Measured("tickets", "held-out", "/data", "f1ng3r", (figure,), {}, "nothing is forgotten")]
+    (origin.folder / "README.md").write_text("---\nlibrary_name: peft\n---\n\n# my-run\n")
+    update(str(origin.folder / "README.md"), "my-run", measured)
+    deliver(origin, Request(to, tmp_path / "out", compare=False))
+    head, text = card_of(tmp_path / "out")
+    assert section(measured) in text
+    assert text.count("## Evaluation") == 1
+    (result,) = head["model-index"][0]["results"]
+    assert result["metrics"][0] == {"type": "exact", "value": 0.5, "name": "exact"}
 
-    results = ({"task": "held-out", "loss": 1.23456, "interval": {"low": 1.0, "high": 2}, "rows": [1, 2]}, {})
-    deliver(replace(origin, results=results), Request("merged", tmp_path / "out"))
-    assert (
-        "\n- task: held-out, loss: 1.235, interval.low: 1, interval.high: 2\n" in card_of(tmp_path / "out")[1]
-    )
 
-
-def test_results_that_the_runs_card_tells_already_are_not_told_twice(origin: Origin, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    (origin.folder / "README.md").write_text(f"# A run\n\n{BEGIN}\nWell done.\n")
-    deliver(replace(origin, results=({"exact": 1},)), Request("adapter", tmp_path / "out"))
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert "Well done." in text
-    assert "exact" not in text
+def test_the_kind_of_an_adapter_is_no_tag_of_a_merged_model(base: Path, tmp_path: Path) -> None:
+    config = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    adapter = make_adapter(base, config, tmp_path / "adapter")
+    (adapter / "README.md").write_text("---\ntags: [raytune_ds, sft, ia3]\n---\n\n# my-run\n")
+    origin = Origin(adapter, ModelConfig(name=str(base)))
+    for to, tags in (("adapter", ["raytune_ds", "sft", "ia3"]), ("merged", ["raytune_ds", "sft"])):
+        deliver(origin, Request(to, tmp_path / "out" / to, compare=False))
+        assert card_of(tmp_path / "out" / to)[0]["tags"] == tags
 
 
 def test_an_adapter_is_taken_as_it_is(origin: Origin, tmp_path: Path) -> None:
@@ -126,6 +134,34 @@ def test_a_run_of_all_parameters(base: Path, tmp_path: Path) -> None:
         deliver(whole, Request("adapter", tmp_path / "out"))
     deliver(whole, Request("merged", tmp_path / "out"))
     assert all((tmp_path / "out" / n).read_bytes() == (base / n).read_bytes() for n in names_in(base))
+
+
+def test_a_run_of_all_parameters_has_the_licence_of_what_it_began_with(
+    base: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folders["llama"], run / "final")
+    (run / "config.json").write_text(json.dumps({"model": {"name": str(base)}, "run": {"seed": 0}}))
+    assert cli.main(["export", "--run", str(run), "--to", "merged"]) == 0
+    assert (run / "exports" / "merged" / "LICENSE").read_text() == "MIT"
+
+
+def test_a_licence_that_can_not_be_fetched_is_said(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def unreachable(name: str, **how: Any) -> str:
+        asked.append((name, how["revision"], how["local_files_only"]))
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    whole = Origin(folders["llama"], None, "c0ffee", began_with=ModelConfig(name="org/base"))
+    deliver(whole, Request("merged", tmp_path / "out"))
+    assert asked == [("org/base", "c0ffee", False), ("org/base", "c0ffee", True)]
+    assert "the licence of org/base can't be fetched" in " ".join(capsys.readouterr().err.split())
 
 
 # ---- for llama.cpp --------------------------------------------------------------------------------
@@ -185,6 +221,12 @@ def test_an_architecture_that_llama_cpp_does_not_know(
     with pytest.raises(UserError, match="does not convert LlamaForCausalLM; it does DeepseekV3ForCausalLM"):
         deliver(origin, Request("gguf-ready", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+    # Nor is a large model copied first.
+    monkeypatch.setattr(takehome, "_copy", None)
+    with pytest.raises(UserError, match="does not convert LlamaForCausalLM"):
+        deliver(
+            Origin(Path(str(origin.base and origin.base.name)), None), Request("gguf-ready", tmp_path / "out")
+        )
 
 
 # ---- what is refused leaves nothing ---------------------------------------------------------------
@@ -308,7 +350,6 @@ def finished(origin: Origin, base: Path, tmp_path: Path) -> Path:
     shutil.copytree(origin.folder, run / "final")
     config = {"model": {"name": str(base), "trust_remote_code": False}, "run": {"seed": 3}}
     (run / "config.json").write_text(json.dumps(config))
-    (run / "evaluation.json").write_text(json.dumps({"results": [{"task": "mine", "exact": 0.5}], "more": 1}))
     return run
 
 
@@ -317,11 +358,11 @@ def test_the_verb(finished: Path, tmp_path: Path) -> None:
     _, text = card_of(finished / "exports" / "merged")
     assert "| run | my-run |" in text
     assert "| seed | 3 |" in text
-    assert "- task: mine, exact: 0.5" in text
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--run", "nowhere", "--to", "merged"], "no run directory"),
+    (["--run", "{run}"], "--to is missing"),
     (["--run", "{run}", "--to", "merged", "--output", "s3://bucket/x"], "are written to this machine"),
     (["--run", "s3://bucket/run", "--to", "merged"], "say --output DIR"),
     (["--run", "{run}", "--to", "merged", "--weights", "1"], "are of --merge-adapters"),
