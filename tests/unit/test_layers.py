@@ -36,7 +36,7 @@ ROOMS = """
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
     engines.ds.stage engines.ds.autos engines.ds.config
     engines.choose engines.fill engines engines.adamw engines.eightbit engines.ddp engines.fsdp engines.zero
-    checkpoint saver tracking modelcard modelfiles wrapped merge combine logits tuned gguf push
+    checkpoint before saver tracking modelcard modelfiles wrapped merge combine logits tuned gguf push
     export loop assignment hooks worker
     sampling decode generate prompts terminal
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
