@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from raytune_ds.cli import main
+from raytune_ds.config import ModelConfig
 from raytune_ds.data.tokenizer import TokenizerSpec
 from raytune_ds.errors import UserError
 from raytune_ds.evaluate import Wish, measure
@@ -22,6 +23,7 @@ from raytune_ds.evaluation.run import outcomes
 from raytune_ds.evaluation.scorer import Scorer
 from raytune_ds.evaluation.subject import Subject, finished, playing, subjects
 from raytune_ds.model import attention, tiny
+from raytune_ds.model.load import load_for_generation
 from tests.helpers import write_jsonl
 from tests.runs import finished_run
 
@@ -106,6 +108,21 @@ def test_the_base_is_the_adapter_model_with_its_adapter_off(run: Path, tiny_mode
             measured[side] = losses(model, given)[0][0]
     assert measured[BASE] == pytest.approx(losses(plain, given)[0][0], rel=1e-6)
     assert abs(measured[TUNED] - measured[BASE]) > 1e-3
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_with_tuned_biases_the_base_is_loaded_by_itself(
+    tmp_path: Path, tiny_models: dict[str, Path], quantization: str
+) -> None:
+    """Switching the adapter off would leave the biases."""
+    words = ("adapter.bias=lora_only", f"model.quantization={quantization}")
+    run = finished_run(tmp_path, tiny_models["qwen2"], *words)
+    found = subjects(str(run), finished(str(run)), with_base=True)
+    assert [subject.sides for subject in found] == [(TUNED,), (BASE,)]
+    given = [sequence(*range(5, 25), supervised=7)]
+    config = ModelConfig(name=str(tiny_models["qwen2"]), quantization=quantization)
+    plain = load_for_generation(config, torch.float32, torch.device("cpu"))
+    assert losses(found[1].load(), given) == losses(plain, given)
 
 
 def test_a_full_run_loads_its_base_behind_the_tuned_model(
