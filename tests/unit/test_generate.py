@@ -117,6 +117,15 @@ def test_what_the_model_says_of_sampling_is_not_taken_for_what_was_asked(
     assert next(generator.answer([asked("tea")], Sampling(max_new_tokens=12))) == before
 
 
+def test_a_tokenizer_that_can_neither_pad_nor_end_pads_all_the_same(tiny_models: dict[str, Path]) -> None:
+    folder = tiny_models["llama"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    conversations, how = [asked(q) for q in QUESTIONS], Sampling(12)
+    expected = list(Generator(model, tokenizer).answer(conversations, how))
+    tokenizer.pad_token = tokenizer.eos_token = None
+    assert list(Generator(model, tokenizer).answer(conversations, how)) == expected
+
+
 def test_the_repetition_penalty_is_that_of_transformers(adapter: Path, tuned: Generator) -> None:
     """Also in a batch in which its row is padded, by a token that is not to be penalised."""
     tokenizer = AutoTokenizer.from_pretrained(adapter)

@@ -46,7 +46,7 @@ ROOMS = """
     sweep.influence sweep.report sweep.course sweep.outcome sweep.attempt sweep.trainable sweep.search sweep.schedule
     sweep.board sweep.run sweep.promote sweep.__main__
     trained
-    evaluation evaluation.metrics evaluation.intervals evaluation.items evaluation.losses evaluation.answers
+    evaluation evaluation.metrics evaluation.intervals evaluation.items evaluation.losses
     evaluation.subject evaluation.scorer evaluation.scoring evaluation.run evaluation.datasets evaluation.comparison
     evaluation.results evaluation.harness evaluation.card evaluation.report evaluate
     demo.run train compare verify steps origin takehome doctor.verb
