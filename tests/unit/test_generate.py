@@ -24,7 +24,7 @@ from raytune_ds.errors import UserError
 from raytune_ds.generate import Generator
 from raytune_ds.model import tiny
 from raytune_ds.model.load import load_for_generation
-from raytune_ds.prompts import answered
+from raytune_ds.prompts import answered, read_prompts
 from raytune_ds.sampling import RowSampler, Sampling
 from tests.helpers import write_jsonl
 from tests.runs import finished_run
@@ -428,6 +428,24 @@ def test_generate_writes_both_answers_in_order_and_goes_on(
     write_jsonl(prompts, [{"prompt": "another"}])
     assert cli.main([*command, "--resume"]) == 2
     assert "line 1: answers another prompt" in capsys.readouterr().err
+
+
+def test_prompts_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    text = "one\u2028two\x85three\ffour"
+    rows, lines = tmp_path / "p.jsonl", tmp_path / "p.txt"
+    rows.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n" + json.dumps({"prompt": "b"}))
+    lines.write_text(f"{text}\r\n\nb\n")
+    for path in (rows, lines):
+        assert read_prompts(str(path)) == [asked(text), asked("b")]
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": []}, {"messages": {}}, {"messages": "hello"}, {"prompt": 1}, []]
+)
+def test_a_row_that_asks_nothing_is_told_of_by_its_line(tmp_path: Path, row: Any) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "fine"}, row])
+    with pytest.raises(UserError, match=r"p\.jsonl, line 2: .* is wanted"):
+        read_prompts(str(path))
 
 
 def test_a_full_run_is_compared_with_the_model_it_began_with(
