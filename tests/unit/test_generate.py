@@ -402,6 +402,28 @@ def test_tokens_that_training_added_are_unknown_to_the_base(
     assert next(tuned.answer(asks, how)) == plain(peft, tokenizer, "take glimepiride")[1] != theirs
 
 
+def test_an_added_token_begins_as_the_mean_where_the_base_has_room_to_spare(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """As in training, where the adapter does not bring its row."""
+    model, tokenizer = (
+        kind.from_pretrained(tiny_models["qwen2"]) for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    known = len(tokenizer)
+    model.resize_token_embeddings(known + 8, mean_resizing=False)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "base", tmp_path / "adapter")
+    tokenizer.add_tokens(["glimepiride"])
+    tokenizer.save_pretrained(adapter)
+    for end in ("get_input_embeddings", "get_output_embeddings"):
+        found, before = (
+            getattr(one, end)().weight for one in (Generator.of_directory(adapter, device="cpu").model, model)
+        )
+        torch.testing.assert_close(found[known], before[:known].mean(0))
+        assert torch.equal(found[:known], before[:known])
+
+
 def test_generate_writes_both_answers_in_order_and_goes_on(
     adapter: Path, tuned: Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
