@@ -84,7 +84,7 @@ class Generator:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether it is an adapter on a model that is there as it was."""
+        """Whether it is an adapter on a base model that it names."""
         return hasattr(self.model, "disable_adapter")
 
     def base(self, before: Base | None = None) -> Generator:
