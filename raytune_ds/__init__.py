@@ -35,6 +35,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
                                        that is trained, without weights yet
     objectives/, engines/              a batch to a loss sum; gradients to an update, and who holds which part
     checkpoint, saver                  checkpoints, of no engine and no world size; taking them while training goes on
+    before                             the model that a run began with, whole and at its commit
     tracking, modelcard                what else a run leaves behind
     modelfiles, export                 the weight files of a model; final/
     wrapped, merge, combine            a base model without memory in an adapter; the two merged; adapters made one

@@ -143,7 +143,7 @@ def decode(
     """
     begun = [[*answer.prompt, *answer.ids] for answer in answers]
     longest = max(map(len, begun))
-    pad = tokenizer.pad_token_id
+    pad = _padding(tokenizer)
     # On the left, so that every answer goes on where its row of the batch ends.
     ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in begun])
     mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in begun])
@@ -174,8 +174,9 @@ def ignores_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
 
     Attention that compresses several tokens into one, as DeepSeek-V4's, does not: padding falls in with what is read.
     """
-    read = [token for token in range(3 * _TRIED) if token != tokenizer.pad_token_id][-_TRIED:]
-    ids_BT = torch.tensor([[tokenizer.pad_token_id] * _TRIED + read], device=model.device)
+    pad = _padding(tokenizer)
+    read = [token for token in range(3 * _TRIED) if token != pad][-_TRIED:]
+    ids_BT = torch.tensor([[pad] * _TRIED + read], device=model.device)
     mask_BT = torch.tensor([[0] * _TRIED + [1] * _TRIED], device=model.device)
     positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
     padded_V = (
@@ -183,6 +184,11 @@ def ignores_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
     )
     alone_V = model(input_ids=ids_BT[:, _TRIED:]).logits[0, -1].float()
     return bool((padded_V - alone_V).abs().max() < 0.1 * alone_V.std())
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to pad with; any will do where there is none, as the mask hides it."""
+    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
 
 
 _TRIED = 9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ds import storage
+from raytune_ds.before import Base, comes_back, commit
 from raytune_ds.config import ModelConfig
 from raytune_ds.data.chat import ChatTemplate
 from raytune_ds.data.formats import Example, RowError
@@ -20,7 +21,7 @@ from raytune_ds.data.literal import Literals
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 from raytune_ds.decode import Answer, decode, ignores_padding
 from raytune_ds.errors import UserError
-from raytune_ds.model.load import compute_dtype, load_for_generation
+from raytune_ds.model.load import compute_dtype, grow, load_for_generation
 from raytune_ds.rundir import RunDir
 from raytune_ds.sampling import Sampling
 
@@ -32,9 +33,25 @@ Messages = Sequence[dict[str, Any]]
 class Generator:
     """A model that answers conversations."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, adapted: bool = True) -> None:
-        """`model` is a transformers or peft model in evaluation mode; unless `adapted`, its adapter is left out."""
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        adapted: bool = True,
+        before: Base | None = None,
+        ends: Collection[int] = (),
+    ) -> None:
+        """Takes a loaded model.
+
+        Args:
+            model: a transformers or peft model in evaluation mode.
+            tokenizer: of the prompts.
+            adapted: whether its adapter is on.
+            before: the base model of an adapter; None: the adapter names it.
+            ends: tokens that end an answer, beside those that model and tokenizer know of.
+        """
         self.model, self.tokenizer, self._adapted = model, tokenizer, adapted
+        self._before, self._more_ends = before, ends
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
@@ -47,7 +64,9 @@ class Generator:
         """
         final, config = finished(path)
         names = ("trust_remote_code", "quantization", "add_tokens", "add_special_tokens")
-        return _of(final, ModelConfig(**{n: v for n, v in config["model"].items() if n in names}), device)
+        model = ModelConfig(**{n: v for n, v in config["model"].items() if n in names})
+        revision = commit(RunDir(storage.absolute(path)), config["model"]["name"])
+        return _of(final, Base(model, revision), device)
 
     @staticmethod
     def of_directory(path: Path, trust_remote_code: bool = False, device: str = "auto") -> Generator:
@@ -61,32 +80,32 @@ class Generator:
             raise UserError(
                 f"{path}: neither an adapter nor a model (it has no adapter_config.json or config.json)."
             )
-        return _of(path, ModelConfig(trust_remote_code=trust_remote_code), device)
+        return _of(path, Base(ModelConfig(trust_remote_code=trust_remote_code)), device)
 
     @property
     def has_adapter(self) -> bool:
-        """Whether it is an adapter on a model that is there as it was."""
+        """Whether it is an adapter on a base model that it names."""
         return hasattr(self.model, "disable_adapter")
 
-    def base(self, name: str | None = None, trust_remote_code: bool = False) -> Generator:
+    def base(self, before: Base | None = None) -> Generator:
         """The model as it was before training, asked in the same chat format.
 
         Args:
-            name: of the model, on the hub or a directory; not needed with an adapter, whose weights are shared.
-            trust_remote_code: as `model.trust_remote_code`.
+            before: names it; not needed with an adapter, whose weights are shared where switching it off leaves them.
 
         Raises:
             UserError: it can't be loaded.
         """
-        name = self.model.active_peft_config.base_model_name_or_path if self.has_adapter else name
-        assert name is not None
-        own = load_tokenizer(TokenizerSpec(name, self.tokenizer.chat_template, trust_remote_code))
+        before = before or self._before
+        if before is None:
+            before = Base(ModelConfig(name=self.model.active_peft_config.base_model_name_or_path))
+        model = before.model
+        own = load_tokenizer(TokenizerSpec(model.name, self.tokenizer.chat_template, model.trust_remote_code))
         # Tokens that training added mean nothing to it.
         tokenizer = self.tokenizer if len(own) == len(self.tokenizer) else own
-        if self.has_adapter:
+        if self.has_adapter and comes_back(self.model.active_peft_config):
             return Generator(self.model, tokenizer, adapted=False)
-        config = ModelConfig(name=name, trust_remote_code=trust_remote_code)
-        return Generator(_load(config, self.model.device.type), tokenizer)
+        return Generator(_load(_without_added(model), self.model.device.type, before.revision), tokenizer)
 
     @property
     def context(self) -> int:
@@ -99,7 +118,7 @@ class Generator:
         known = self.model.generation_config.eos_token_id
         ids = [known] if isinstance(known, int) else known or []
         own = self.tokenizer.eos_token_id
-        return frozenset([*ids, own] if own is not None else ids)
+        return frozenset([*ids, *self._more_ends, *([] if own is None else [own])])
 
     def prompt_ids(
         self,
@@ -253,37 +272,35 @@ def finished(path: str) -> tuple[Path, dict[str, Any]]:
     return Path(run.final), config
 
 
-def _of(path: Path, config: ModelConfig, device: str) -> Generator:
-    """An adapter on the base model that it names, or a whole model; `config` says how it is loaded."""
-    tokenizer = load_tokenizer(TokenizerSpec(str(path), None, config.trust_remote_code))
+def _of(path: Path, base: Base, device: str) -> Generator:
+    """An adapter on the base model that it names, or a whole model; `base` says how it is loaded."""
+    trust_remote_code = base.model.trust_remote_code
+    tokenizer = load_tokenizer(TokenizerSpec(str(path), None, trust_remote_code))
     adapter = path / "adapter_config.json"
     if not adapter.exists():
-        whole = ModelConfig(name=str(path), trust_remote_code=config.trust_remote_code)
+        whole = ModelConfig(name=str(path), trust_remote_code=trust_remote_code)
         return Generator(_load(whole, device), tokenizer)
-    base = config.model_copy(update={"name": json.loads(adapter.read_text())["base_model_name_or_path"]})
-    if base.quantization != "none":
-        return Generator(_load(base, device, path), tokenizer)
+    says = json.loads(adapter.read_text())
+    model = base.model.model_copy(update={"name": says["base_model_name_or_path"]})
+    before = Base(model, base.revision or says.get("revision"))
+    if model.quantization != "none":
+        return Generator(_load(model, device, before.revision, path), tokenizer, before=before)
     from peft import PeftModel
 
-    model = _load(base.model_copy(update={"add_tokens": (), "add_special_tokens": ()}), device)
-    _grow(model, len(tokenizer))
-    return Generator(PeftModel.from_pretrained(model, str(path)).eval(), tokenizer)
+    loaded = _load(_without_added(model), device, before.revision)
+    known = len(load_tokenizer(TokenizerSpec(model.name, None, trust_remote_code)))
+    if len(tokenizer) > known:  # a directory does not say which tokens were added
+        grow(loaded, known, len(tokenizer))
+    return Generator(PeftModel.from_pretrained(loaded, str(path)).eval(), tokenizer, before=before)
 
 
-def _grow(model: Any, num_tokens: int) -> None:
-    """Makes room for tokens whose rows the adapter brings; where it is left out they are never the likeliest."""
-    rows = model.get_input_embeddings().num_embeddings
-    if num_tokens <= rows:
-        return
-    model.resize_token_embeddings(num_tokens, mean_resizing=False)
-    with torch.no_grad():
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            module.weight[rows:] = module.weight[:rows].mean(0)
+def _without_added(model: ModelConfig) -> ModelConfig:
+    return model.model_copy(update={"add_tokens": (), "add_special_tokens": ()})
 
 
-def _load(config: ModelConfig, device: str, adapter: Path | None = None) -> Any:
+def _load(config: ModelConfig, device: str, revision: str | None = None, adapter: Path | None = None) -> Any:
     where = torch.device(_auto_device() if device == "auto" else device)
-    return load_for_generation(config, compute_dtype("auto", where), where, adapter)
+    return load_for_generation(config, compute_dtype("auto", where), where, adapter, revision)
 
 
 def _auto_device() -> str:

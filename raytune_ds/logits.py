@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from raytune_ds.before import comes_back
 from raytune_ds.modelfiles import ExportError
 from raytune_ds.world import World
 
@@ -68,7 +69,7 @@ class Closeness:
 
 def compare(
     merged: Path,
-    tuned: Callable[[torch.dtype], Any],
+    tuned: Callable[..., Any],
     files_dtype: torch.dtype,
     num_bytes: int,
     documents: Sequence[Sequence[int]],
@@ -79,7 +80,7 @@ def compare(
 
     Args:
         merged: the directory of the merged model.
-        tuned: loads the base model with the adapter, to compute in that dtype.
+        tuned: loads the base model with the adapter, to compute in a dtype; without it where `adapted` is False.
         files_dtype: of most of the merged model's weights.
         num_bytes: of all of them.
         documents: token ids; the first few of each are used.
@@ -93,10 +94,15 @@ def compare(
     dtype = dtype or _dtype_to_compute_in(files_dtype, num_bytes)
     model = tuned(dtype).eval()
     expected_TV = _logits(model, cut)
-    with model.disable_adapter():
-        base_TV = _logits(model, cut)
+    switches_off = comes_back(model.active_peft_config)
+    if switches_off:
+        with model.disable_adapter():
+            base_TV = _logits(model, cut)
     del model
     gc.collect()
+    if not switches_off:
+        base_TV = _logits(tuned(dtype, adapted=False).eval(), cut)
+        gc.collect()
     model = load(merged, dtype, trust_remote_code)
     found_TV = _logits(model, cut)
     has_experts = any(parameter.ndim == 3 for parameter in model.parameters())

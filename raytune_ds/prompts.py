@@ -25,7 +25,8 @@ def read_prompts(path: str) -> list[Messages]:
         UserError: the file is missing, empty or malformed.
     """
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        # Not splitlines: text may hold other line ends, such as U+2028, as they are.
+        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path}: can't be read: {error}") from error
     conversations = [_conversation(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
@@ -40,6 +41,8 @@ def _conversation(path: str, number: int, line: str) -> Messages:
     try:
         row = json.loads(line)
         messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+        if not isinstance(messages, list) or not messages:
+            raise TypeError("messages has to be a list of at least one")
         if not all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages):
             raise TypeError("role and content of a message have to be text")
         return messages

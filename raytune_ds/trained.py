@@ -10,6 +10,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from raytune_ds import checkpoint, storage
+from raytune_ds.before import Base, commit
 from raytune_ds.check import check
 from raytune_ds.compose import replaced
 from raytune_ds.config import Config, ModelConfig
@@ -145,3 +146,13 @@ def base_model(path: str) -> ModelConfig:
     if not config.model.name.startswith("tiny:"):
         return config.model
     return check(replaced(config, run={"resume": "auto"})).model
+
+
+def began_with(path: str) -> Base:
+    """The model of `base_model`, at the commit that the run was trained on.
+
+    Raises:
+        UserError: see base_model.
+    """
+    model = base_model(path)
+    return Base(model, commit(RunDir(storage.absolute(path)), model.name))

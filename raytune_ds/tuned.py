@@ -14,10 +14,12 @@ from raytune_ds.logits import load
 from raytune_ds.merge import device_here
 from raytune_ds.model.load import compute_dtype, hold_in, load_config, load_for_generation, skeleton
 from raytune_ds.model.weights import fill_buffers, locate, open_weights
-from raytune_ds.wrapped import put_on
+from raytune_ds.wrapped import ADAPTER_FILE, load_adapter, put_on, resize, vocabulary
 
 
-def load_tuned(model: ModelConfig, revision: str | None, adapter: Path, dtype: torch.dtype) -> Any:
+def load_tuned(
+    model: ModelConfig, revision: str | None, adapter: Path, dtype: torch.dtype, adapted: bool = True
+) -> Any:
     """The model in memory.
 
     Args:
@@ -25,12 +27,18 @@ def load_tuned(model: ModelConfig, revision: str | None, adapter: Path, dtype: t
         revision: the commit of a base model of the hub.
         adapter: a peft directory.
         dtype: to compute in.
+        adapted: False leaves the adapter away; the vocabulary is the same.
     """
     if model.quantization != "none":
-        return load_for_generation(model, dtype, device_here(), adapter)
+        return load_for_generation(model, dtype, device_here(), adapter if adapted else None, revision)
     if getattr(load_config(model), "quantization_config", None) is not None:
-        return put_on(_as_read(model, revision, dtype), adapter)
-    return put_on(load(model.name, dtype, model.trust_remote_code, revision=revision), adapter)
+        base = _as_read(model, revision, dtype)
+    else:
+        base = load(model.name, dtype, model.trust_remote_code, revision=revision)
+    if adapted:
+        return put_on(base, adapter)
+    resize(base, vocabulary(base, adapter, load_adapter(adapter / ADAPTER_FILE)))
+    return base
 
 
 def dtype_to_compare_in(model: ModelConfig) -> torch.dtype | None:

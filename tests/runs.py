@@ -33,12 +33,16 @@ def finished_run(root: Path, base: Path, *overrides: str, strength: float = 1.0)
             for parameter in model.parameters():
                 parameter.add_(strength * 0.01 * torch.randn_like(parameter))
     else:
-        settings = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        settings = LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, bias=config.adapter.bias
+        )
         model = get_peft_model(model, settings)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.mul_(strength)
+                elif parameter.requires_grad and name.endswith("bias"):
+                    parameter.add_(strength * torch.randn_like(parameter))
     model.save_pretrained(run / "final")
     AutoTokenizer.from_pretrained(base).save_pretrained(run / "final")
     progress = {

@@ -125,9 +125,21 @@ def _show(results: dict[str, Result], reports: dict[str, Report]) -> None:
     )
     for name, key in (("LoRA", "lora"), ("full", "full")):
         say(f"{name}, {reports[key].of(RECALL).verdict}")
-    say(
-        f"\nThe model learned what prescriptions say. Ask it: What does b.i.d. mean?\n{_chat(results['lora'])}"
-    )
+    say(f"\n{lesson(reports)} Ask it: What does b.i.d. mean?\n{_chat(results['lora'])}")
+
+
+def learned(report: Report) -> bool:
+    """Whether a tuned model knows beyond noise what its base does not: their intervals share no value."""
+    exact = report.of(HELD_OUT).metric("exact_match")
+    assert exact.base is not None  # it is measured
+    return exact.tuned.value > exact.base.value and not exact.tuned.overlaps(exact.base)
+
+
+def lesson(reports: dict[str, Report]) -> str:
+    """A sentence on what was learned, which is what the figures hold and no more."""
+    if failed := [name for name, report in reports.items() if not learned(report)]:
+        return f"Nothing is proved of {' and '.join(failed)}: the interval does not lie above that of the model before."
+    return "The model learned what prescriptions say: its interval lies above that of the model before."
 
 
 def _chat(result: Result) -> str:

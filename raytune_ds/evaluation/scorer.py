@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
+from raytune_ds.data.thinking import CLOSE
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 from raytune_ds.errors import UserError
-from raytune_ds.evaluation.answers import answers
 from raytune_ds.evaluation.items import Item, Outcome
 from raytune_ds.evaluation.losses import losses
 from raytune_ds.evaluation.metrics import score
 from raytune_ds.evaluation.subject import Subject, playing
+from raytune_ds.generate import Generator
+from raytune_ds.sampling import Sampling
+
+Said = tuple[str, bool]
+"""An answer, and whether its longest permitted length ended it."""
 
 
 class Scorer:
@@ -28,8 +32,9 @@ class Scorer:
         Raises:
             UserError: it can't be loaded.
         """
-        self._subject, self._ends = subject, ends
-        self._model, self._tokenizer = subject.load(), load_tokenizer(tokenizer)
+        self._subject = subject
+        self._generator = Generator(subject.load(), load_tokenizer(tokenizer), ends=ends)
+        self._model = self._generator.model
         self._vocabulary = self._model.get_input_embeddings().num_embeddings
 
     def score(self, items: Sequence[Item]) -> list[dict[str, Outcome]]:
@@ -48,23 +53,19 @@ class Scorer:
 
     def _side(self, items: Sequence[Item]) -> list[Outcome]:
         sums = iter(losses(self._model, [sequence for item in items for sequence in item.sequences]))
-        asked = [item for item in items if item.prompt]
-        said = iter(self._answers(asked))
-        return [self._outcome(item, [next(sums) for _ in item.sequences], said) for item in items]
-
-    def _answers(self, asked: Sequence[Item]) -> list[Any]:
-        if not asked:
-            return []
-        prompts, limits = [item.prompt for item in asked], [item.max_new_tokens for item in asked]
-        return answers(self._model, self._tokenizer, prompts, self._ends, limits)
+        said = iter(said_to(self._generator, [item for item in items if item.prompt]))
+        return [
+            self._outcome(item, [next(sums) for _ in item.sequences], next(said) if item.prompt else None)
+            for item in items
+        ]
 
     @staticmethod
-    def _outcome(item: Item, sums: list[tuple[float, float]], said: Any) -> Outcome:
+    def _outcome(item: Item, sums: list[tuple[float, float]], said: Said | None) -> Outcome:
         loss, weight = (sum(values) for values in zip(*sums, strict=True))
-        if not item.prompt:
+        if said is None:
             return Outcome(loss, weight)
-        answer = next(said)
-        return Outcome(loss, weight, answer.text, answer.is_cut_off, score(item.expected, answer.text))
+        text, is_cut_off = said
+        return Outcome(loss, weight, text, is_cut_off, score(item.expected, text))
 
     def _require_known(self, items: Sequence[Item]) -> None:
         largest = max(max(sequence.ids) for item in items for sequence in item.sequences)
@@ -73,3 +74,24 @@ class Scorer:
                 f"the base model does not know token {largest}, which training added to it, so that it can't be "
                 "measured on these rows. --no-base measures the tuned model alone."
             )
+
+
+def said_to(generator: Generator, asked: Sequence[Item]) -> list[Said]:
+    """Greedy answers, without their reasoning. A prompt that fills the model's context is answered by nothing."""
+    answers = {
+        number: generator.ask(item.prompt, Sampling(max_new_tokens=item.max_new_tokens))
+        for number, item in enumerate(asked)
+        if len(item.prompt) < generator.context
+    }
+    if answers:
+        generator.run(list(answers.values()))
+    said = [answers.get(number) for number in range(len(asked))]
+    return [
+        ("", True) if answer is None else (without_reasoning(answer.text).strip(), answer.finish == "length")
+        for answer in said
+    ]
+
+
+def without_reasoning(text: str) -> str:
+    """What stands behind the end of a reasoning, if there is one."""
+    return text.rpartition(CLOSE)[2]

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from raytune_ds import generate, storage
+from raytune_ds.before import Base, comes_back
 from raytune_ds.compose import load
-from raytune_ds.config import Config, ModelConfig
+from raytune_ds.config import Config
 from raytune_ds.errors import UserError
 from raytune_ds.evaluation.items import BASE, TUNED
 from raytune_ds.model.load import compute_dtype, load_for_generation
 from raytune_ds.rundir import RunDir
-from raytune_ds.trained import base_model
+from raytune_ds.trained import began_with
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,13 @@ class Subject:
 
     Attributes:
         run: the run directory.
-        sides: BASE, TUNED or both: with its adapter switched off, an adapter model is its base.
-        model: loaded in place of the run's own; None for that.
+        sides: BASE, TUNED or both: an adapter model is its base with its adapter off, unless biases were tuned too.
+        base: loaded in place of the run's own; None for that.
     """
 
     run: str
     sides: tuple[str, ...]
-    model: ModelConfig | None = None
+    base: Base | None = None
 
     def load(self) -> Any:
         """The model in evaluation mode, on the GPU where there is one.
@@ -40,10 +41,11 @@ class Subject:
         Raises:
             UserError: it can't be loaded.
         """
-        if self.model is None:
+        if self.base is None:
             return generate.Generator.of_run(self.run).model
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return load_for_generation(self.model, compute_dtype("auto", device), device)
+        model, revision = self.base.model, self.base.revision
+        return load_for_generation(model, compute_dtype("auto", device), device, revision=revision)
 
 
 @contextlib.contextmanager
@@ -73,19 +75,23 @@ def subjects(run: str, config: Config, with_base: bool) -> list[Subject]:
         with_base: the base model is measured too.
 
     Raises:
-        UserError: the base model of a fully tuned one is gone.
+        UserError: the base model is needed by itself, and gone.
     """
-    if config.adapter.kind != "none":
-        return [Subject(run, (BASE, TUNED) if with_base else (TUNED,))]
+    from peft import PeftConfig
+
     tuned = Subject(run, (TUNED,))
-    return [tuned, Subject(run, (BASE,), _base(run))] if with_base else [tuned]
+    if not with_base:
+        return [tuned]
+    if config.adapter.kind != "none" and comes_back(PeftConfig.from_pretrained(f"{run}/final")):
+        return [Subject(run, (BASE, TUNED))]
+    return [tuned, Subject(run, (BASE,), _base(run))]
 
 
-def _base(run: str) -> ModelConfig:
+def _base(run: str) -> Base:
     try:
-        model = base_model(run)
-        if Path(model.name).is_absolute() and not Path(model.name).is_dir():
-            raise UserError(f"model.name = {model.name}: there is no such directory any more.")
+        base = began_with(run)
+        if Path(base.model.name).is_absolute() and not Path(base.model.name).is_dir():
+            raise UserError(f"model.name = {base.model.name}: there is no such directory any more.")
     except UserError as error:
         raise UserError(f"the base model: {error}\n--no-base measures the tuned one alone.") from error
-    return model
+    return base

@@ -96,7 +96,6 @@ def base(arguments: argparse.Namespace, tuned: Generator) -> Generator | None:
         raise UserError(
             f"--compare-base: {arguments.model_dir} does not say what it was trained from; give --run in place of it."
         )
-    from raytune_ds.trained import base_model
+    from raytune_ds.trained import began_with
 
-    model = base_model(arguments.run_dir)
-    return tuned.base(model.name, model.trust_remote_code)
+    return tuned.base(began_with(arguments.run_dir))

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from raytune_ds.cli import main
+from raytune_ds.config import ModelConfig
 from raytune_ds.data.tokenizer import TokenizerSpec
 from raytune_ds.errors import UserError
 from raytune_ds.evaluate import Wish, measure
-from raytune_ds.evaluation.answers import Answer, answers, without_reasoning
 from raytune_ds.evaluation.items import BASE, TUNED, Item, TokenSequence
 from raytune_ds.evaluation.losses import losses
 from raytune_ds.evaluation.metrics import score
 from raytune_ds.evaluation.run import outcomes
-from raytune_ds.evaluation.scorer import Scorer
+from raytune_ds.evaluation.scorer import Scorer, said_to, without_reasoning
 from raytune_ds.evaluation.subject import Subject, finished, playing, subjects
+from raytune_ds.generate import Generator
 from raytune_ds.model import attention, tiny
+from raytune_ds.model.load import load_for_generation
+from raytune_ds.sampling import Sampling
 from tests.helpers import write_jsonl
 from tests.runs import finished_run
 
@@ -61,8 +66,6 @@ def rows(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_losses_are_those_of_plain_transformers(tiny_models: dict[str, Path], architecture: str) -> None:
     """Packed together, each sequence has the loss that it has alone, and the model is as it was afterwards."""
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(tiny_models[architecture]).eval()
     before = model.config._attn_implementation
     given = [
@@ -84,8 +87,6 @@ def test_losses_are_those_of_plain_transformers(tiny_models: dict[str, Path], ar
 def test_a_model_that_takes_no_packs_reads_them_one_by_one(
     tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(tiny_models["qwen2"], attn_implementation="sdpa").eval()
     given = [sequence(*range(5, 25), supervised=7), sequence(*range(40, 43), supervised=2)]
     expected = losses(model, given)
@@ -95,8 +96,6 @@ def test_a_model_that_takes_no_packs_reads_them_one_by_one(
 
 
 def test_the_base_is_the_adapter_model_with_its_adapter_off(run: Path, tiny_models: dict[str, Path]) -> None:
-    from transformers import AutoModelForCausalLM
-
     given = [sequence(*range(5, 25), supervised=7)]
     (subject,) = subjects(str(run), finished(str(run)), with_base=True)
     model, plain = subject.load(), AutoModelForCausalLM.from_pretrained(tiny_models["qwen2"]).eval()
@@ -106,6 +105,21 @@ def test_the_base_is_the_adapter_model_with_its_adapter_off(run: Path, tiny_mode
             measured[side] = losses(model, given)[0][0]
     assert measured[BASE] == pytest.approx(losses(plain, given)[0][0], rel=1e-6)
     assert abs(measured[TUNED] - measured[BASE]) > 1e-3
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_with_tuned_biases_the_base_is_loaded_by_itself(
+    tmp_path: Path, tiny_models: dict[str, Path], quantization: str
+) -> None:
+    """Switching the adapter off would leave the biases."""
+    words = ("adapter.bias=lora_only", f"model.quantization={quantization}")
+    run = finished_run(tmp_path, tiny_models["qwen2"], *words)
+    found = subjects(str(run), finished(str(run)), with_base=True)
+    assert [subject.sides for subject in found] == [(TUNED,), (BASE,)]
+    given = [sequence(*range(5, 25), supervised=7)]
+    config = ModelConfig(name=str(tiny_models["qwen2"]), quantization=quantization)
+    plain = load_for_generation(config, torch.float32, torch.device("cpu"))
+    assert losses(found[1].load(), given) == losses(plain, given)
 
 
 def test_a_full_run_loads_its_base_behind_the_tuned_model(
@@ -123,35 +137,62 @@ def test_a_full_run_loads_its_base_behind_the_tuned_model(
 # ---- answers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_answers_in_a_batch_are_those_of_each_alone(tiny_models: dict[str, Path], architecture: str) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def question(prompt: list[int], max_new_tokens: int = 12) -> Item:
+    return Item([], prompt, "", max_new_tokens)
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_models[architecture]).eval()
-    tokenizer = AutoTokenizer.from_pretrained(tiny_models[architecture])
-    prompts = [list(range(5, 30)), [7, 8], list(range(50, 60)), [9, 10]]
-    limits = [12, 5, 12, 12]
-    together = answers(model, tokenizer, prompts, [], limits)
-    alone = [answers(model, tokenizer, [p], [], [n])[0] for p, n in zip(prompts, limits, strict=True)]
-    assert together == alone
+
+def generator_of(folder: Path, ends: tuple[int, ...] = ()) -> Generator:
+    model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    return Generator(model.eval(), tokenizer, ends=ends)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "deepseek-v4"])
+def test_answers_in_a_batch_are_those_of_each_alone(tiny_models: dict[str, Path], architecture: str) -> None:
+    generator = generator_of(tiny_models[architecture])
+    asked = [
+        question(list(range(5, 30))),
+        question([7, 8], 5),
+        question([*range(50, 60)]),
+        question([9, 10], 7),
+    ]
+    assert said_to(generator, asked) == [said_to(generator, [one])[0] for one in asked]
 
 
 def test_any_token_can_end_an_answer(tiny_models: dict[str, Path]) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_models["qwen2"]).eval()
-    tokenizer = AutoTokenizer.from_pretrained(tiny_models["qwen2"])
+    generator = generator_of(tiny_models["qwen2"])
 
     def written(prompt: list[int]) -> list[int]:
-        how = {"max_new_tokens": 12, "do_sample": False}
-        with torch.no_grad():
-            return model.generate(input_ids=torch.tensor([prompt]), **how)[0, len(prompt) :].tolist()
+        answer = generator.ask(prompt, Sampling(12))
+        generator.run([answer])
+        return answer.ids
 
     prompts = ([token, token + 1] for token in range(30, 200))
     prompt, ids = next((p, ids) for p in prompts if len(set(ids := written(p))) > 1)
     place = next(n for n, token in enumerate(ids) if token != ids[0])
-    (ended,) = answers(model, tokenizer, [prompt], [ids[place]], [12])
-    assert ended == Answer(tokenizer.decode(ids[:place], skip_special_tokens=True).strip(), is_cut_off=False)
+    text = generator.tokenizer.decode(ids[:place], skip_special_tokens=True).strip()
+    assert said_to(generator_of(tiny_models["qwen2"], (ids[place],)), [question(prompt)]) == [(text, False)]
+    assert said_to(generator, [question(prompt)])[0][1], "its length ended it"
+
+
+def test_the_models_own_generation_config_changes_no_answer(
+    tiny_models: dict[str, Path], tmp_path: Path, rows: Path
+) -> None:
+    """Many models are published with a repetition penalty and sampling; what is measured is greedy."""
+    bases = [shutil.copytree(tiny_models["qwen2"], tmp_path / name / "base") for name in ("plain", "penal")]
+    GenerationConfig(repetition_penalty=5.0, do_sample=True, temperature=2.0).save_pretrained(bases[1])
+    told = []
+    for base in bases:
+        run = finished_run(base.parent, base)
+        measure(str(run), replace(HERE, data=(str(rows),)))
+        lines = (run / "evaluation" / "answers.jsonl").read_text().splitlines()
+        told.append([(row["base"], row["tuned"]) for row in map(json.loads, lines)])
+    assert told[0] == told[1]
+
+
+def test_a_prompt_that_leaves_no_room_is_answered_by_nothing(tiny_models: dict[str, Path]) -> None:
+    generator = generator_of(tiny_models["llama"])
+    asked = [question([300] * generator.context), question([7, 8])]
+    assert said_to(generator, asked) == [("", True), *said_to(generator, asked[1:])]
 
 
 def test_each_row_has_its_own_outcome(run: Path) -> None:
@@ -284,8 +325,6 @@ def test_mistakes_are_told_in_a_line(
 def test_a_base_that_is_gone_is_told_of_with_the_way_round(
     tmp_path: Path, rows: Path, tiny_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     base = tmp_path / "base"
     shutil.copytree(tiny_models["qwen2"], base)
     run = finished_run(tmp_path, base, "adapter.kind=none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,13 +18,16 @@ from transformers import (
 
 from raytune_ds import cli
 from raytune_ds.compose import compose
+from raytune_ds.config import ModelConfig
 from raytune_ds.decode import Answer, ignores_padding
 from raytune_ds.errors import UserError
 from raytune_ds.generate import Generator
 from raytune_ds.model import tiny
-from raytune_ds.prompts import answered
+from raytune_ds.model.load import load_for_generation
+from raytune_ds.prompts import answered, read_prompts
 from raytune_ds.sampling import RowSampler, Sampling
 from tests.helpers import write_jsonl
+from tests.runs import finished_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,6 +115,15 @@ def test_what_the_model_says_of_sampling_is_not_taken_for_what_was_asked(
     generator.model.generation_config.repetition_penalty = 5.0
     generator.model.generation_config.do_sample = True
     assert next(generator.answer([asked("tea")], Sampling(max_new_tokens=12))) == before
+
+
+def test_a_tokenizer_that_can_neither_pad_nor_end_pads_all_the_same(tiny_models: dict[str, Path]) -> None:
+    folder = tiny_models["llama"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    conversations, how = [asked(q) for q in QUESTIONS], Sampling(12)
+    expected = list(Generator(model, tokenizer).answer(conversations, how))
+    tokenizer.pad_token = tokenizer.eos_token = None
+    assert list(Generator(model, tokenizer).answer(conversations, how)) == expected
 
 
 def test_the_repetition_penalty_is_that_of_transformers(adapter: Path, tuned: Generator) -> None:
@@ -318,6 +331,53 @@ def test_an_adapter_is_compared_with_its_own_weights(
     assert list(tuned.answer(conversations, how)) == [plain(peft, after, q)[1] for q in QUESTIONS] != theirs
 
 
+def test_with_tuned_biases_the_base_is_another_model(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """Switching the adapter off would leave the biases."""
+    run = finished_run(tmp_path, tiny_models["qwen2"], "adapter.bias=all")
+    tuned = Generator.of_run(str(run), "cpu")
+    plain = AutoModelForCausalLM.from_pretrained(tiny_models["qwen2"]).eval()
+    conversations, how = [asked(q) for q in QUESTIONS], Sampling(12)
+    before = list(tuned.base().answer(conversations, how))
+    assert before == list(Generator(plain, tuned.tokenizer).answer(conversations, how))
+    assert before != list(tuned.answer(conversations, how))
+    name = "model.layers.0.self_attn.q_proj"
+    tuned_bias = tuned.model.base_model.model.get_submodule(name).bias
+    assert not torch.equal(tuned_bias, plain.get_submodule(name).bias)
+
+
+def test_a_base_of_the_hub_is_the_commit_that_the_run_was_trained_on(
+    tiny_models: dict[str, Path], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its newest checkpoint says; for a base that is loaded by itself, too."""
+    from raytune_ds import checkpoint, generate
+    from raytune_ds.evaluation.subject import finished, subjects
+    from raytune_ds.trained import began_with
+
+    adapted, whole = (tmp_path / name for name in ("adapted", "whole"))
+    for folder, final in ((adapted, adapter), (whole, tiny_models["qwen2"])):
+        as_run(folder, "org/model", final)
+    config = json.loads((whole / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps(config | {"adapter": {"kind": "none"}}))
+    made = SimpleNamespace(identity={"model.weights": "org/model@abc123"})
+    monkeypatch.setattr(checkpoint, "newest_complete", lambda folder: made)
+    asked_for = []
+
+    def load(config: Any, dtype: Any, device: Any, adapter: Any = None, revision: Any = None) -> Any:
+        asked_for.append(revision)
+        return AutoModelForCausalLM.from_pretrained(tiny_models["qwen2"])
+
+    monkeypatch.setattr(generate, "load_for_generation", load)
+    Generator.of_run(str(adapted), "cpu")
+    assert asked_for == ["abc123"]
+    assert began_with(str(whole)).revision == "abc123"
+    assert [s.base and s.base.revision for s in subjects(str(whole), finished(str(whole)), True)] == [
+        None,
+        "abc123",
+    ]
+    made.identity = {"model.weights": "a fingerprint"}
+    assert began_with(str(whole)).revision is None
+
+
 def test_tokens_that_training_added_are_unknown_to_the_base(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -340,6 +400,28 @@ def test_tokens_that_training_added_are_unknown_to_the_base(
     assert len(tuned.base().prompt_ids(asks[0])) > len(tuned.prompt_ids(asks[0]))
     assert next(tuned.base().answer(asks, how)) == theirs
     assert next(tuned.answer(asks, how)) == plain(peft, tokenizer, "take glimepiride")[1] != theirs
+
+
+def test_an_added_token_begins_as_the_mean_where_the_base_has_room_to_spare(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """As in training, where the adapter does not bring its row."""
+    model, tokenizer = (
+        kind.from_pretrained(tiny_models["qwen2"]) for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    known = len(tokenizer)
+    model.resize_token_embeddings(known + 8, mean_resizing=False)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "base", tmp_path / "adapter")
+    tokenizer.add_tokens(["glimepiride"])
+    tokenizer.save_pretrained(adapter)
+    for end in ("get_input_embeddings", "get_output_embeddings"):
+        found, before = (
+            getattr(one, end)().weight for one in (Generator.of_directory(adapter, device="cpu").model, model)
+        )
+        torch.testing.assert_close(found[known], before[:known].mean(0))
+        assert torch.equal(found[:known], before[:known])
 
 
 def test_generate_writes_both_answers_in_order_and_goes_on(
@@ -368,6 +450,24 @@ def test_generate_writes_both_answers_in_order_and_goes_on(
     write_jsonl(prompts, [{"prompt": "another"}])
     assert cli.main([*command, "--resume"]) == 2
     assert "line 1: answers another prompt" in capsys.readouterr().err
+
+
+def test_prompts_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    text = "one\u2028two\x85three\ffour"
+    rows, lines = tmp_path / "p.jsonl", tmp_path / "p.txt"
+    rows.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n" + json.dumps({"prompt": "b"}))
+    lines.write_text(f"{text}\r\n\nb\n")
+    for path in (rows, lines):
+        assert read_prompts(str(path)) == [asked(text), asked("b")]
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": []}, {"messages": {}}, {"messages": "hello"}, {"prompt": 1}, []]
+)
+def test_a_row_that_asks_nothing_is_told_of_by_its_line(tmp_path: Path, row: Any) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "fine"}, row])
+    with pytest.raises(UserError, match=r"p\.jsonl, line 2: .* is wanted"):
+        read_prompts(str(path))
 
 
 def test_a_full_run_is_compared_with_the_model_it_began_with(
@@ -445,9 +545,6 @@ def test_a_run_on_a_quantised_base_answers_on_it(
     tiny_models: dict[str, Path], tmp_path: Path, architecture: str
 ) -> None:
     """Before and after training: both on the four bits that training saw."""
-    from raytune_ds.config import ModelConfig
-    from raytune_ds.model.load import load_for_generation
-
     base = tiny_models[architecture]
     run = as_run(tmp_path / "run", base, save_adapter(base, tmp_path / "adapter"))
     config = json.loads((run / "config.json").read_text())

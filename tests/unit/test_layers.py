@@ -36,7 +36,7 @@ ROOMS = """
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
     engines.ds.stage engines.ds.autos engines.ds.config
     engines.choose engines.fill engines engines.adamw engines.eightbit engines.ddp engines.fsdp engines.zero
-    checkpoint saver tracking modelcard modelfiles wrapped merge combine logits tuned gguf push
+    checkpoint before saver tracking modelcard modelfiles wrapped merge combine logits tuned gguf push
     export loop assignment hooks worker
     sampling decode generate prompts terminal
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
@@ -46,7 +46,7 @@ ROOMS = """
     sweep.influence sweep.report sweep.course sweep.outcome sweep.attempt sweep.trainable sweep.search sweep.schedule
     sweep.board sweep.run sweep.promote sweep.__main__
     trained
-    evaluation evaluation.metrics evaluation.intervals evaluation.items evaluation.losses evaluation.answers
+    evaluation evaluation.metrics evaluation.intervals evaluation.items evaluation.losses
     evaluation.subject evaluation.scorer evaluation.scoring evaluation.run evaluation.datasets evaluation.comparison
     evaluation.results evaluation.harness evaluation.card evaluation.report evaluate
     demo.run train compare verify steps origin takehome doctor.verb
