@@ -155,9 +155,13 @@ def standing_in(model: torch.nn.Module) -> Iterator[None]:
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.is_meta
     ]
-    # Float32, whatever they are held in: peft draws adapters in the dtype of what they are put on.
+    # Float32, whatever they are held in: peft draws adapters in the dtype of what they are put on. Vectors are real, for
+    # peft copies tuned biases into the model's own.
     stand_ins = {
-        id(p): torch.nn.Parameter(torch.zeros(()).expand(p.shape), requires_grad=False) for _, _, p in places
+        id(p): torch.nn.Parameter(
+            torch.zeros(p.shape) if p.ndim < 2 else torch.zeros(()).expand(p.shape), requires_grad=False
+        )
+        for _, _, p in places
     }
     for module, name, parameter in places:
         module._parameters[name] = stand_ins[id(parameter)]
@@ -199,7 +203,20 @@ def _quantized(
         torch.utils.swap_tensors(parameter, torch.nn.Parameter(value, requires_grad=False))
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
+    if adapter is not None:
+        _take_tuned_biases(model, adapter)
     return model
+
+
+def _take_tuned_biases(model: torch.nn.Module, adapter: Path) -> None:
+    """Biases that were tuned are parameters of the base model, and were read from its files."""
+    from peft import load_peft_weights
+
+    own = dict(model.named_parameters())
+    for name, value in load_peft_weights(str(adapter), device="cpu").items():
+        for spelled in (name, name.removesuffix(".bias") + ".base_layer.bias"):
+            if name.endswith(".bias") and spelled in own:
+                own[spelled].data.copy_(value)
 
 
 def skeleton(config: ModelConfig, attention: str | None = None) -> PreTrainedModel:

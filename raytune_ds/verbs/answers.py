@@ -71,12 +71,15 @@ def generator(arguments: argparse.Namespace) -> Generator:
     """
     from raytune_ds.errors import UserError
     from raytune_ds.generate import Generator as _Generator
+    from raytune_ds.rundir import RunDir
 
     if arguments.run_dir:
         return _Generator.of_run(arguments.run_dir)
     folder = Path(arguments.model_dir).expanduser()
     if not folder.is_dir():
         raise UserError(f"--model {arguments.model_dir}: there is no such directory.")
+    if found := RunDir.of_final(str(folder.absolute())):  # whose run knows how its base model was held
+        return _Generator.of_run(found[0].path)
     return _Generator.of_directory(folder.absolute())
 
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raytune_ds.console import say, warn
+from raytune_ds.console import say
 from raytune_ds.errors import UserError
 from raytune_ds.verbs.answers import add_model, generator
 
@@ -86,7 +86,6 @@ def _by_transformers(arguments: argparse.Namespace) -> None:
 
     token = token_for(arguments.host, os.environ)
     bound = bind(arguments.host, arguments.port)
-    _warn_of_another_base(arguments)
     say("loading the model ...", style="dim")
     from raytune_ds.serving.app import Served
     from raytune_ds.serving.line import Line
@@ -159,20 +158,6 @@ def _trained_on(folder: str) -> str:
 
     found = RunDir.of_final(folder)
     return str(found[1]["model"].get("quantization", "none")) if found else "none"
-
-
-def _warn_of_another_base(arguments: argparse.Namespace) -> None:
-    """A directory is answered on the base model as it is, whatever a run held it in."""
-    if not arguments.model_dir:
-        return
-    from raytune_ds import storage
-
-    folder = storage.absolute(arguments.model_dir)
-    if (held := _trained_on(folder)) != "none" and storage.exists(f"{folder}/adapter_config.json"):
-        warn(
-            f"--model {arguments.model_dir}: was trained on its base model held in {held}, and is answered on the "
-            f"unquantised one; --run {folder.rpartition('/')[0]} answers as it was trained"
-        )
 
 
 def _name(arguments: argparse.Namespace) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +27,7 @@ from raytune_ds.model import tiny
 from raytune_ds.model.load import load_for_generation
 from raytune_ds.prompts import answered, read_prompts
 from raytune_ds.sampling import RowSampler, Sampling
+from raytune_ds.verbs.answers import generator
 from tests.helpers import write_jsonl
 from tests.runs import finished_run
 
@@ -564,3 +566,18 @@ def test_a_run_on_a_quantised_base_answers_on_it(
     ids = torch.tensor([tuned.prompt_ids(conversations[1])])
     with torch.no_grad():
         assert (tuned.model(input_ids=ids).logits - full.model(input_ids=ids).logits).abs().max() > 1e-3
+
+
+def test_tuned_biases_of_a_quantised_run_are_answered_with(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """By the run, and by its final/, whose run knows how the base model was held."""
+    run = finished_run(tmp_path, tiny_models["qwen2"], "adapter.bias=all", "model.quantization=nf4")
+    saved = load_file(run / "final" / "adapter_model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    (key,) = (each for each in saved if name in each and each.endswith("bias"))
+    given: Any = SimpleNamespace(run_dir=None, model_dir=str(run / "final"))
+    for tuned in (Generator.of_run(str(run), "cpu"), generator(given)):
+        layer: Any = tuned.model.base_model.model.get_submodule(name)
+        torch.testing.assert_close(layer.bias.float(), saved[key])
+        assert hasattr(layer.base_layer, "parametrizations"), "it is held in 4 bits"

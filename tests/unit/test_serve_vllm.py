@@ -240,27 +240,3 @@ def test_vllm_does_not_put_an_adapter_on_another_base_than_it_was_trained_on(
     assert cli.main(["serve", named, place, "--engine", "vllm"]) == 2
     assert "held in nf4, and vLLM would put it on the unquantised one" in words(capsys.readouterr().err)
     assert started == []
-
-
-def test_a_final_of_a_quantised_run_is_not_answered_as_trained_without_a_word(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By --model, that is; by --run it is as it was."""
-    saved(tmp_path / "adapter", LoraConfig(**PLAIN, base_model_name_or_path=BASE))
-    folder = as_run(tmp_path / "law", BASE, tmp_path / "adapter")
-
-    def given(*names: str) -> str:
-        monkeypatch.setattr(verb, "generator", refuse)
-        assert cli.main(["serve", "--engine", "transformers", "--port", "0", *names]) == 2
-        return words(capsys.readouterr().err)
-
-    def refuse(arguments: Any) -> None:
-        raise UserError("loaded so far")
-
-    assert "warning" not in given("--model", str(folder / "final"))
-    quantise(folder)
-    assert f"held in nf4, and is answered on the unquantised one; --run {folder}" in given(
-        "--model", str(folder / "final")
-    )
-    assert "warning" not in given("--model", str(tmp_path / "adapter"))
-    assert "warning" not in given("--run", str(folder))
