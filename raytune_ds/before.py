@@ -45,6 +45,10 @@ def commit(run: RunDir, name: str) -> str | None:
         manifest = checkpoint.newest_complete(run.checkpoints)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    weights = str(manifest.identity.get("model.weights", "")) if manifest else ""
+    return commit_in(str(manifest.identity.get("model.weights", "")) if manifest else "", name)
+
+
+def commit_in(weights: str, name: str) -> str | None:
+    """The commit that tells the weights of a model of the hub from others, as a run's identity has it; None: none."""
     found = weights.removeprefix(f"{name}@")
     return None if found in (weights, "None") else found

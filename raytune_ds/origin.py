@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_ds import checkpoint, combine, storage
+from raytune_ds.before import commit_in
 from raytune_ds.config import ModelConfig
 from raytune_ds.data.order import Place
 from raytune_ds.errors import UserError
@@ -111,7 +112,7 @@ def _origin(run: RunDir, config: Mapping[str, Any], folder: Path) -> Origin:
     return Origin(
         folder,
         base,
-        _commit(base or model, weights),
+        commit_in(weights, (base or model).name),
         tuple((name, value) for name, value in facts if value),
         documents,
         None if base else model,
@@ -153,12 +154,6 @@ def _require_same_base(base: ModelConfig, weights: str) -> None:
             f"{base.name}: is not the base model that the adapter was trained on: its files have changed since "
             f"(fingerprint {fingerprint(folder)}, and {weights} then). Bring the old ones back."
         )
-
-
-def _commit(base: ModelConfig, weights: str) -> str | None:
-    """Of a model of the hub, as the fingerprint of a run has it."""
-    commit = weights.rpartition("@")[2] if weights.startswith(f"{base.name}@") else "None"
-    return None if commit == "None" else commit
 
 
 def _shared(
@@ -203,7 +198,7 @@ def _shared(
         ("base model's fingerprint", fingerprint_then),
         ("base model held in", "" if base.quantization == "none" else base.quantization),
     )
-    return base, _commit(base, fingerprint_then), tuple((key, value) for key, value in facts if value)
+    return base, commit_in(fingerprint_then, base.name), tuple((key, value) for key, value in facts if value)
 
 
 def _require_one(paths: Sequence[str], values: Sequence[str], what: str, why: str) -> None:

@@ -155,7 +155,7 @@ def standing_in(model: torch.nn.Module) -> Iterator[None]:
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.is_meta
     ]
-    # Float32, whatever they are held in: peft draws adapters in the dtype of what they are put on. Vectors are real, for
+    # Float32, whatever they are held in: peft draws adapters in the dtype of what they are put on. Vectors are real:
     # peft copies tuned biases into the model's own.
     stand_ins = {
         id(p): torch.nn.Parameter(
