@@ -159,7 +159,7 @@ def test_a_third_of_all_writes_fail(
     assert_same_end(given, calm)
 
 
-@pytest.mark.parametrize(("room", "ends"), [(2.2, True), (1.5, False)])
+@pytest.mark.parametrize(("room", "ends"), [(2.5, True), (1.5, False)])
 def test_a_disk_that_fills_up(
     room: float,
     ends: bool,
@@ -168,7 +168,7 @@ def test_a_disk_that_fills_up(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With room for two checkpoints the older one goes in time. With room for one somebody has to make some."""
+    """With room for two checkpoints and final/ the older one goes in time. With less, somebody has to make some."""
     model, root = tiny_models["llama"], tmp_path / "runs"
     calm = alone.assignment(store, model, str(root), "calm")
     work_on(calm)
