@@ -20,12 +20,12 @@ from raytune_ds.stacks import Place
 STUCK = """
 import ctypes, sys
 from raytune_ds.stacks import on_demand
-def stuck_in_native_code():
+def stuck_in_native_code(file):
+    print(file, flush=True)
     while True:
         ctypes.PyDLL(None).sleep(600)  # holds the interpreter
 with on_demand("node") as place:
-    print(place.file, flush=True)
-    stuck_in_native_code()
+    stuck_in_native_code(place.file)
 """
 
 
