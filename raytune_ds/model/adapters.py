@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from raytune_ds.adapterconfig import PLANNING, TOTAL_STEPS, AdapterConfig
-from raytune_ds.errors import UserError
+from raytune_ds.errors import UserError, first_line
 from raytune_ds.model.load import standing_in
 from raytune_ds.model.targets import NOT_IN_LAYERS, Chosen, choose, shortest_names
 from raytune_ds.section import as_mapping
@@ -100,7 +100,7 @@ def peft_config(model: PreTrainedModel, config: AdapterConfig, chosen: Chosen) -
     try:
         return made(**values)
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"adapter: peft refuses it: {_first_line(error)}") from error
+        raise UserError(f"adapter: peft refuses it: {first_line(error)}") from error
 
 
 def require_known(kind: str, place: str = "") -> None:
@@ -252,7 +252,7 @@ def wrap(model: PreTrainedModel, made: Any, in_memory: bool = True) -> nn.Module
         with standing_in(model) if in_memory else contextlib.nullcontext():
             return get_peft_model(model, made, low_cpu_mem_usage=not in_memory)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"adapter: peft refuses it: {_first_line(error)}") from error
+        raise UserError(f"adapter: peft refuses it: {first_line(error)}") from error
     finally:
         if begins is not None:
             made.init_lora_weights = begins
@@ -307,7 +307,3 @@ class Delta:
         first, last = start // width, -(-stop // width)
         rows = self.scale * (self.b_OR[first:last].float() @ self.a_RI.float())
         return rows.reshape(-1)[start - first * width : stop - first * width]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -25,7 +25,7 @@ from transformers.initialization import no_init_weights
 from raytune_ds import hub
 from raytune_ds.config import ModelConfig
 from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
-from raytune_ds.errors import UserError
+from raytune_ds.errors import UserError, first_line
 from raytune_ds.model import attention, quantize, weights
 
 # What `PackedLM`, which makes logits itself, leaves out.
@@ -87,7 +87,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         return AutoConfig.from_pretrained(_place(config), local_files_only=True, **how)
     except (OSError, ValueError, KeyError) as error:
         if folder.is_dir():
-            raise UserError(f"model.name = {config.name}: can't be loaded: {_first_line(error)}") from error
+            raise UserError(f"model.name = {config.name}: can't be loaded: {first_line(error)}") from error
     try:
         if is_offline_mode():  # its cache may have it
             with contextlib.suppress(OSError):
@@ -97,7 +97,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     except UserError as error:
         raise UserError(_not_found(config.name, str(error))) from error
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.name = {config.name}: can't be loaded: {_first_line(error)}") from error
+        raise UserError(f"model.name = {config.name}: can't be loaded: {first_line(error)}") from error
 
 
 def load_for_generation(
@@ -246,7 +246,7 @@ def skeleton(config: ModelConfig, attention: str | None = None) -> PreTrainedMod
             )
     except ValueError as error:
         raise UserError(
-            f"model.name = {config.name}: no causal language model: {_first_line(error)}"
+            f"model.name = {config.name}: no causal language model: {first_line(error)}"
         ) from error
     _grow(model, config)
     model.tie_weights()  # parameters on the meta device are new objects, each a single one
@@ -344,7 +344,7 @@ def _from_pretrained(config: ModelConfig, **how: Any) -> PreTrainedModel:
             _place(config), trust_remote_code=config.trust_remote_code, **how
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model.name = {config.name}: can't be loaded: {_first_line(error)}") from error
+        raise UserError(f"model.name = {config.name}: can't be loaded: {first_line(error)}") from error
     return model
 
 
@@ -388,7 +388,3 @@ def _not_found(name: str, reason: str) -> str:
         lines.append("DeepSeek has published no model of that name that we know of. Real ones are:")
         lines += [f"  {real}" for real in dict.fromkeys([*close, *DEEPSEEK_MODELS[1:5]])]
     return "\n".join(lines)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
