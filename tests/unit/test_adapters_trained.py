@@ -235,3 +235,18 @@ def test_another_process_loads_what_was_trained(tiny_models: dict[str, Path], tm
         here = PeftModel.from_pretrained(base, given.run.final).eval()(input_ids=ids).logits
     torch.testing.assert_close(adapted, here, rtol=0, atol=1e-5)
     torch.testing.assert_close(merged, here, rtol=0, atol=1e-4)
+
+
+def test_lora_plus_moves_b_faster_and_a_as_before(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """AdamW's first step is as long as the learning rate, whatever the gradient."""
+
+    def tensors(name: str, **more: Any) -> dict[str, torch.Tensor]:
+        how = {"max_steps": 1, "lr_scheduler_type": "constant"}
+        given = run(tmp_path, tiny_models["qwen2"], name, BASE | more, **how)
+        return load_file(Path(given.run.final, "adapter_model.safetensors"))
+
+    plain, plus = tensors("plain"), tensors("plus", loraplus_lr_ratio=4.0)
+    for name, tensor in plain.items():
+        factor = 4.0 if "lora_B" in name else 1.0
+        torch.testing.assert_close(plus[name], factor * tensor, rtol=1e-4, atol=1e-6)
+    assert any(tensor.any() for name, tensor in plain.items() if "lora_B" in name)
