@@ -31,6 +31,9 @@ class Batch:
         weights_BT: float32, the loss weight of each target; 0 where not trained on.
         positions_BT: int64, the position within the document.
         segments: int32 of S + 1, cumulative document lengths; documents never see each other.
+        supervised_N: int64, where in the row the targets are whose weight is not zero. It is made with the batch: a GPU
+            would have to be waited for, if it were looked for there.
+        segment_of_target_N: int64, the document that each of them is in.
         labels_S: int64, a `Label` a document; a chosen answer is followed by the rejected one of its row.
         max_segment: the longest document in tokens.
         docs_S: int64, the row of the store's files that each document is of; see store.doc_id.
@@ -42,16 +45,22 @@ class Batch:
     weights_BT: torch.Tensor
     positions_BT: torch.Tensor
     segments: torch.Tensor
+    supervised_N: torch.Tensor
+    segment_of_target_N: torch.Tensor
     labels_S: torch.Tensor
     max_segment: int
     docs_S: torch.Tensor
     rows: int = 0
 
     @property
-    def segment_of_target_N(self) -> torch.Tensor:
-        """For each target whose weight is not zero, in order, the document it is in: int64 [N]."""
-        (positions_N,) = self.weights_BT[0].nonzero(as_tuple=True)
-        return torch.bucketize(positions_N, self.segments[1:].long(), right=True)
+    def targets_N(self) -> torch.Tensor:
+        """The targets whose weight is not zero: int64 [N]."""
+        return self.targets_BT[0, self.supervised_N]
+
+    @property
+    def weights_N(self) -> torch.Tensor:
+        """Their weights: float32 [N]."""
+        return self.weights_BT[0, self.supervised_N]
 
     def by_segment(self, values_N: torch.Tensor) -> torch.Tensor:
         """Sums over the targets of each document: values [N] to [S]."""
@@ -60,7 +69,7 @@ class Batch:
     @property
     def weights_S(self) -> torch.Tensor:
         """The sum of the loss weights of each document: float64 [S]."""
-        return self.by_segment(self.weights_BT[self.weights_BT != 0].double())
+        return self.by_segment(self.weights_N.double())
 
     @property
     def weight(self) -> torch.Tensor:
@@ -99,18 +108,23 @@ def collate(packs: Sequence[Pack], rows: int = 0) -> Batch:
     positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
     segments = np.concatenate([[0], ends]).astype(np.int32)
 
-    def row(name: str, dtype: type) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([pack[name] for pack in packs]).astype(dtype))[None]
+    def joined(name: str, dtype: type) -> np.ndarray:
+        return np.concatenate([pack[name] for pack in packs]).astype(dtype)
+
+    weights = joined("weights", np.float32)
+    (supervised,) = weights.nonzero()
 
     return Batch(
-        ids_BT=row("ids", np.int64),
-        targets_BT=row("targets", np.int64),
-        weights_BT=row("weights", np.float32),
+        ids_BT=torch.from_numpy(joined("ids", np.int64))[None],
+        targets_BT=torch.from_numpy(joined("targets", np.int64))[None],
+        weights_BT=torch.from_numpy(weights)[None],
         positions_BT=torch.from_numpy(positions)[None],
         segments=torch.from_numpy(segments),
+        supervised_N=torch.from_numpy(supervised),
+        segment_of_target_N=torch.from_numpy(np.searchsorted(ends, supervised, side="right")),
         labels_S=torch.from_numpy(np.concatenate([_labels(pack) for pack in packs]).astype(np.int64)),
         max_segment=int(lengths.max()),
-        docs_S=torch.from_numpy(np.concatenate([pack["docs"] for pack in packs]).astype(np.int64)),
+        docs_S=torch.from_numpy(joined("docs", np.int64)),
         rows=rows,
     )
 

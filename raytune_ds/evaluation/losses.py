@@ -37,8 +37,9 @@ def losses(model: Any, sequences: Sequence[TokenSequence]) -> list[tuple[float, 
         packs = [_pack(number, sequence) for number, sequence in enumerate(sequences)]
         for together in _batches(packs) if is_packed else ([pack] for pack in packs):
             batch = collate(together).to(base.device)
-            weights_N = batch.weights_BT[batch.weights_BT != 0].double()
-            sums_S = batch.by_segment(_token_losses(base, batch, is_packed).double() * weights_N)
+            sums_S = batch.by_segment(
+                _token_losses(base, batch, is_packed).double() * batch.weights_N.double()
+            )
             found += zip(sums_S.tolist(), batch.weights_S.tolist(), strict=True)
     return found
 
@@ -86,9 +87,8 @@ def _token_losses(base: Any, batch: Batch, is_packed: bool) -> torch.Tensor:
     hidden_BTE = decoder(
         input_ids=batch.ids_BT, use_cache=False, **(_borders(batch) if is_packed else {})
     ).last_hidden_state
-    supervised_BT = batch.weights_BT != 0
-    hidden_NE, targets_N = hidden_BTE[supervised_BT], batch.targets_BT[supervised_BT]
-    chunks = zip(hidden_NE.split(LOGITS_CHUNK), targets_N.split(LOGITS_CHUNK), strict=True)
+    hidden_NE = hidden_BTE[0].index_select(0, batch.supervised_N)
+    chunks = zip(hidden_NE.split(LOGITS_CHUNK), batch.targets_N.split(LOGITS_CHUNK), strict=True)
     # The head is called, not multiplied with: an adapter may have wrapped it.
     return torch.cat([F.cross_entropy(head(h).float(), t, reduction="none") for h, t in chunks])
 

@@ -59,8 +59,7 @@ class PackedLM(nn.Module):
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         hidden_BTE = self._end_to_end(batch) if self._runs_end_to_end else self._side_by_side(batch)
-        supervised_BT = batch.weights_BT != 0
-        return self.losses(hidden_BTE[supervised_BT], batch.targets_BT[supervised_BT])
+        return self.losses(hidden_BTE[0].index_select(0, batch.supervised_N), batch.targets_N)
 
     def _side_by_side(self, batch: Batch) -> torch.Tensor:
         """The last hidden states, [B, T, E], of documents in a row each. S = documents, L = the longest of them.

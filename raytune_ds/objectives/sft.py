@@ -21,6 +21,4 @@ def sft(model: nn.Module, batch: Batch) -> torch.Tensor:
     Returns:
         float32 [S], one a document of the batch.
     """
-    losses_N = model(batch)
-    weights_BT = batch.weights_BT
-    return batch.by_segment(losses_N * weights_BT[weights_BT != 0])
+    return batch.by_segment(model(batch) * batch.weights_N)

@@ -170,8 +170,7 @@ def reference(folder: Path, kind: str) -> Trace:
     losses = []
     for step in range(STEPS):
         batch = collate(packs(step))
-        weights = batch.weights_BT[batch.weights_BT != 0]
-        loss = (module(batch) * weights).sum() / batch.weight.float()
+        loss = (module(batch) * batch.weights_N).sum() / batch.weight.float()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), TRAIN.max_grad_norm)

@@ -114,8 +114,7 @@ class ToyLM(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != FLOAT):
-            supervised = batch.weights_BT != 0
-            hidden = self.embedding(batch.ids_BT[supervised])
+            hidden = self.embedding(batch.ids_BT[0, batch.supervised_N])
             spoil = self.spoil
             if spoil is not None:
                 hidden.register_hook(lambda gradient: gradient * spoil)
@@ -123,7 +122,7 @@ class ToyLM(nn.Module):
             for block in self.blocks:
                 hidden = block(hidden.to(self.dtype))
             logits = self.head(hidden).float()
-            return F.cross_entropy(logits, batch.targets_BT[supervised], reduction="none")
+            return F.cross_entropy(logits, batch.targets_N, reduction="none")
 
 
 def built(seed: int = 0, **how: Any) -> Built:

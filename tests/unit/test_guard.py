@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from raytune_ds import loop, storage
 from raytune_ds.config import Config
-from raytune_ds.data.batch import Batch, collate
+from raytune_ds.data.batch import EMPTY_PACK, Batch, collate
 from raytune_ds.data.order import Order
 from raytune_ds.engines import StepResult
 from raytune_ds.errors import UserError
@@ -124,9 +125,7 @@ class Run:
     def _batches(self, after: int) -> Iterator[list[Batch]]:
         for step in range(after + 1, STEPS + 1):
             self.engine.batch = step
-            batch = collate([])
-            batch.weights_BT.fill_(1.0)
-            yield [batch]
+            yield [collate([{**EMPTY_PACK, "weights": np.ones(1, np.float32)}])]
 
     def _save(self, progress: Progress) -> float:
         text = json.dumps(storage.finite(asdict(progress)))

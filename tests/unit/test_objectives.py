@@ -33,9 +33,8 @@ class Bigrams(nn.Module):
         self.logits = nn.Embedding(vocabulary, vocabulary)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        supervised = batch.weights_BT != 0
-        logits = self.logits(batch.ids_BT[supervised])
-        return F.cross_entropy(logits, batch.targets_BT[supervised], reduction="none")
+        logits = self.logits(batch.ids_BT[0, batch.supervised_N])
+        return F.cross_entropy(logits, batch.targets_N, reduction="none")
 
 
 def text_batch(encoded: list[Encoded]) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,9 @@ def test_collate_restarts_positions_at_every_document(packs: pa.Table) -> None:
     assert batch.segments.tolist() == [0, 2, 3, 7]
     assert batch.labels_S.tolist() == [Label.CHOSEN, Label.REJECTED, Label.PLAIN]
     assert batch.docs_S.tolist() == [8, 8, 9]
+    assert batch.supervised_N.tolist() == [1, 2, 3, 4]
+    assert batch.targets_N.tolist() == [7, 8, 2, 3]
+    assert batch.weights_N.tolist() == [1, 0.5, 1, 1]
     assert batch.segment_of_target_N.tolist() == [0, 1, 2, 2]
     assert batch.weights_S.tolist() == [1, 0.5, 2]
     assert (batch.max_segment, batch.num_tokens, float(batch.weight)) == (4, 7, 3.5)
@@ -215,17 +219,7 @@ def test_a_weight_is_summed_exactly() -> None:
     count = 2**24 + 1
     ones = torch.ones(1, 1).expand(1, count)
     empty = collate([])
-    batch = Batch(
-        empty.ids_BT,
-        empty.targets_BT,
-        ones,
-        empty.positions_BT,
-        empty.segments,
-        empty.labels_S,
-        1,
-        empty.docs_S,
-    )
-    assert float(batch.weight) == count
+    assert float(replace(empty, weights_BT=ones).weight) == count
 
 
 def test_no_pack_is_a_batch_of_weight_zero() -> None:
