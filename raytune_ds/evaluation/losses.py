@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from raytune_ds.data.batch import Batch, Pack, collate
 from raytune_ds.evaluation.items import TokenSequence
 from raytune_ds.model import attention
+from raytune_ds.model.crossentropy import LOGITS_CHUNK
 from raytune_ds.model.load import attends_causally, parts
-from raytune_ds.model.packed import LOGITS_CHUNK
 
 TOKENS_AT_ONCE = 8192
 """In one forward pass, if no single sequence is longer."""

@@ -6,16 +6,11 @@ Axes: B = 1, T = tokens, N = supervised tokens, E = hidden size, V = vocabulary.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
 from raytune_ds.data.batch import Batch
-
-# Logits are made for this many tokens at a time and made again in the backward pass: 1,024 tokens of a vocabulary
-# of 129,280 take 0.5 GiB in float32, whatever the pack's length.
-LOGITS_CHUNK = 1024
+from raytune_ds.model.crossentropy import linear_cross_entropy
 
 
 class PackedLM(nn.Module):
@@ -59,7 +54,8 @@ class PackedLM(nn.Module):
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         hidden_BTE = self._end_to_end(batch) if self._runs_end_to_end else self._side_by_side(batch)
-        return self.losses(hidden_BTE[0].index_select(0, batch.supervised_N), batch.targets_N)
+        hidden_NE = hidden_BTE[0].index_select(0, batch.supervised_N)
+        return self.losses(hidden_NE, batch.targets_N, batch.weights_N)
 
     def _side_by_side(self, batch: Batch) -> torch.Tensor:
         """The last hidden states, [B, T, E], of documents in a row each. S = documents, L = the longest of them.
@@ -102,15 +98,12 @@ class TokenLosses(nn.Module):
         super().__init__()
         self._head = (head,)
 
-    def forward(self, hidden_NE: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        """The negative log-likelihood of each target in nats: float32 [N]."""
+    def forward(
+        self, hidden_NE: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor
+    ) -> torch.Tensor:
+        """The negative log-likelihood of each target in nats: float32 [N]; `weights_N` is what it will count."""
         (head,) = self._head
-        weight, bias = head.weight, head.bias
-
-        def chunk_losses(hidden_CE: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(F.linear(hidden_CE, weight, bias).float(), targets_C, reduction="none")
-
-        if len(targets_N) <= LOGITS_CHUNK:
-            return chunk_losses(hidden_NE, targets_N)
-        chunks = zip(hidden_NE.split(LOGITS_CHUNK), targets_N.split(LOGITS_CHUNK), strict=True)
-        return torch.cat([checkpoint(chunk_losses, h, t, use_reentrant=False) for h, t in chunks])
+        device = hidden_NE.device.type
+        if torch.is_autocast_enabled(device):
+            hidden_NE = hidden_NE.to(torch.get_autocast_dtype(device))
+        return linear_cross_entropy(hidden_NE, head.weight, head.bias, targets_N, weights_N)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from raytune_ds.config import ModelConfig
 from raytune_ds.data.batch import Batch, collate
-from raytune_ds.model import attention, load, packed, tiny
+from raytune_ds.model import attention, crossentropy, load, tiny
 from raytune_ds.model.load import parts
 from raytune_ds.model.packed import PackedLM
 from raytune_ds.objectives.sft import sft
@@ -89,13 +89,14 @@ class HeadLog:
         return [len(logits) for logits in self.logits]
 
     def __enter__(self) -> HeadLog:
-        cross_entropy = F.cross_entropy
+        make = crossentropy._logits
 
-        def note(logits_NV: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            self.logits.append(logits_NV.detach())
-            return cross_entropy(logits_NV, *args, **kwargs)
+        def note(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            logits_NV, of_all = make(*args)
+            self.logits.append(logits_NV.clone())
+            return logits_NV, of_all
 
-        self._patch.setattr(packed.F, "cross_entropy", note)
+        self._patch.setattr(crossentropy, "_logits", note)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -211,16 +212,43 @@ def test_chunks_of_logits_change_neither_loss_nor_gradient(
 ) -> None:
     batch = pack(documents(), some_weights())
     loss, whole = gradients(model, batch)
-    monkeypatch.setattr(packed, "LOGITS_CHUNK", 4)
+    monkeypatch.setattr(crossentropy, "LOGITS_CHUNK", 4)
     with HeadLog() as head:
         chunked_loss, chunked = gradients(model, batch)
     assert chunked_loss == pytest.approx(loss, rel=1e-6)
     assert chunked.keys() == whole.keys()
     for name in whole:
         torch.testing.assert_close(chunked[name], whole[name], rtol=1e-4, atol=2e-6)
-    # Neither forward nor when they are made again for the backward pass do they exist all at once.
+    # They never exist all at once, and are made once: the backward pass needs them no more.
     assert max(head.rows) == 4
-    assert sum(head.rows) == 2 * int((batch.weights_BT != 0).sum())
+    assert sum(head.rows) == len(batch.supervised_N)
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight bias", "hidden weight bias"])
+@pytest.mark.parametrize("count", [0, 2, 9])
+@pytest.mark.parametrize("above", ["a multiple", "anything"])
+def test_the_loss_of_a_linear_layer_equals_torchs(
+    monkeypatch: pytest.MonkeyPatch, trained: str, count: int, above: str
+) -> None:
+    monkeypatch.setattr(crossentropy, "LOGITS_CHUNK", 4)
+    torch.manual_seed(0)
+    tensors = {"hidden": torch.randn(count, 6), "weight": torch.randn(11, 6), "bias": torch.randn(11)}
+    tensors = {name: tensor.requires_grad_(name in trained) for name, tensor in tensors.items()}
+    targets, expected = torch.randint(0, 11, (count,)), torch.rand(count) + 0.1
+    factors = expected * 0.7 if above == "a multiple" else torch.rand(count)
+
+    def gradients_of(losses: torch.Tensor) -> list[torch.Tensor]:
+        wanted = [tensor for tensor in tensors.values() if tensor.requires_grad]
+        return list(torch.autograd.grad((losses * factors).sum(), wanted))
+
+    with HeadLog() as head:
+        losses = crossentropy.linear_cross_entropy(*tensors.values(), targets, expected)
+        found = gradients_of(losses)
+    plain = F.cross_entropy(F.linear(*tensors.values()), targets, reduction="none")
+    torch.testing.assert_close(losses, plain)
+    torch.testing.assert_close(found, gradients_of(plain))
+    again = "weight" in trained and above == "anything"
+    assert sum(head.rows) == count * (2 if again else 1)
 
 
 @pytest.mark.parametrize("batch", [collate([]), pack(documents(), np.zeros(sum(LENGTHS)))])
