@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from raytune_ds import checkpoint, engines, storage
+from raytune_ds import allocator, checkpoint, engines, storage
 from raytune_ds.assignment import Assignment, require_same_run
 from raytune_ds.bysource import Sources
 from raytune_ds.checkpoint import Manifest, Reader
@@ -100,6 +100,8 @@ def _run(
     assignment: Assignment, world: World, open_stream: OpenStream, report: Report, orders: Orders
 ) -> Outcome:
     config, plan = assignment.config, assignment.plan
+    if world.device.type == "cpu":
+        allocator.keep_freed_memory()
     dtype = _common_dtype(assignment, world)
     choice = _choose(assignment, world, dtype)
     report("note", {"text": f"engine: {choice.kind} ({choice.why})"})
