@@ -11,13 +11,14 @@ import pytest
 # Freed and asked for again ten times: pages that come anew from the system are faults.
 PROGRAM = """
 import resource, sys
-import numpy as np
 from raytune_ds.allocator import keep_freed_memory
+
+size = 48_000_000
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        np.ones(6_000_000)
+        b"x" * size
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 anew = faults()
