@@ -9,6 +9,7 @@ from typing import Any
 
 from raytune_ds.console import human_count
 
+CPU = "CPU"
 OTHER = "other"
 BESIDE = ("evaluation", "checkpoint")
 """What is no part of a step, but may come between two of them."""
@@ -51,26 +52,37 @@ class Operator:
 
 
 @dataclass(frozen=True)
+class Operators:
+    """All of a rank.
+
+    Attributes:
+        largest_first: each.
+        kernel_s: that a GPU was computing or copying, its streams added up; None where there is no GPU.
+    """
+
+    largest_first: Sequence[Operator] = ()
+    kernel_s: float | None = None
+
+
+@dataclass(frozen=True)
 class Profiled:
     """A profile.
 
     Attributes:
         run: its name.
         device: that rank 0 computes on.
-        on_gpu: whether that is a GPU.
         rows: of metrics.jsonl, of the profiled steps.
         before: the same of steps before them.
         ranks: of each.
-        operators: of rank 0, the largest first.
+        operators: of rank 0.
     """
 
     run: str
     device: str
-    on_gpu: bool
     rows: Sequence[Mapping[str, Any]]
     before: Sequence[Mapping[str, Any]]
     ranks: Sequence[RankTimes]
-    operators: Sequence[Operator]
+    operators: Operators
 
     @property
     def seconds(self) -> float:
@@ -146,7 +158,9 @@ def _parts(profiled: Profiled) -> str:
         for name, (title, what) in PARTS.items()
     ]
     clock = (
-        "By the GPU's clock: a part lasts until the GPU is done with it." if profiled.on_gpu else "Wall time."
+        "By the GPU's clock: a part lasts until the GPU is done with it."
+        if profiled.device != CPU
+        else "Wall time."
     )
     return f"{clock} Rank 0.\n\n" + _table(("part of a step", "ms", "share", ""), "lrrl", rows)
 
@@ -178,19 +192,20 @@ def _ranks(profiled: Profiled) -> str:
 
 
 def _operators(profiled: Profiled) -> str:
-    if not profiled.operators:
+    operators = profiled.operators
+    if not operators.largest_first:
         return ""
     steps, whole = len(profiled.rows), sum(profiled.ranks[0].seconds.values())
     rows = [
         (f"`{o.name}`", f"{o.calls / steps:,.1f}", _ms(o.seconds / steps), _share(o.seconds, whole))
-        for o in profiled.operators[:MOST_OPERATORS]
+        for o in operators.largest_first[:MOST_OPERATORS]
     ]
-    busy = sum(operator.seconds for operator in profiled.operators)
-    if profiled.on_gpu:
-        said = f"Kernels took {_share(busy, whole)} of the time; in the rest the GPU was idle."
+    if operators.kernel_s is not None:
+        said = f"The GPU was busy for {_share(operators.kernel_s, whole)} of the time, its streams added up."
     else:
         said = (
-            "Time in an operator itself, without those it calls; `Python in ...` is what lies between them."
+            "Without those that they call. `forward itself` and its like are what a phase spends in no operator: "
+            "Python, and waiting."
         )
     return f"Operators of rank 0, the largest first. {said}\n\n" + _table(
         ("operator", "calls a step", "ms a step", "share"), "lrrr", rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -18,7 +18,18 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from raytune_ds import phases, storage
 from raytune_ds.errors import first_line
-from raytune_ds.profilepage import BESIDE, OTHER, Operator, Profiled, RankTimes, largest, page, span
+from raytune_ds.profilepage import (
+    BESIDE,
+    CPU,
+    OTHER,
+    Operator,
+    Operators,
+    Profiled,
+    RankTimes,
+    largest,
+    page,
+    span,
+)
 from raytune_ds.rundir import RunDir
 from raytune_ds.world import World
 
@@ -87,7 +98,7 @@ class Profile:
         with self._resting():
             seconds = self._excused(timeline.seconds) or {}
             memory = self._peak_memory_mib()
-            operators = self._excused(self._stop) or []
+            operators = self._excused(self._stop) or Operators()
             self._excused(self._write_trace)
             ranks = self._world.gather(RankTimes(seconds, memory, self._problem))
             if self._world.is_main:
@@ -119,12 +130,14 @@ class Profile:
         profiler.start()
         self._profiler = profiler
 
-    def _stop(self) -> list[Operator]:
+    def _stop(self) -> Operators:
         """On rank 0 what operators took."""
         if self._profiler is None:
-            return []
+            return Operators()
         self._profiler.stop()
-        return operators(self._profiler, self._world.device.type) if self._world.is_main else []
+        if not self._world.is_main:
+            return Operators()
+        return counted(self._profiler.key_averages(), self._world.device.type == "cuda")
 
     def _write_trace(self) -> None:
         if self._profiler is None:
@@ -140,12 +153,11 @@ class Profile:
         steps = [row["step"] for row in self._rows] or [0]
         return min(steps), max(steps)
 
-    def _write(self, ranks: list[RankTimes], operators: list[Operator]) -> None:
+    def _write(self, ranks: list[RankTimes], operators: Operators) -> None:
         device = self._world.device
         profiled = Profiled(
             run=self._run.name,
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-            on_gpu=device.type == "cuda",
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else CPU,
             rows=self._rows,
             before=list(self._before),
             ranks=ranks,
@@ -168,21 +180,26 @@ def trace_name(first: int, last: int, rank: int) -> str:
     return f"steps-{first:08d}-{last:08d}-rank-{rank}.json.gz"
 
 
-def operators(profiler: profile, device: str) -> list[Operator]:
-    """What operators took, without those that they call: of the GPU's time where there is one, otherwise the CPU's.
+def counted(events: Iterable[Any], on_gpu: bool) -> Operators:
+    """What operators took: of the GPU's time where there is one, otherwise the CPU's.
 
     On a CPU the time that a phase spends outside of operators is an operator as well, named after the phase.
+
+    Args:
+        events: torch's, of each name one: operators, and on a GPU the kernels that they start.
+        on_gpu: whether there is one.
     """
-    on_gpu = device == "cuda"
     labels = get_args(phases.Phase)
-    found = []
-    for event in profiler.key_averages():
-        if event.device_type.name != "CPU" or (on_gpu and event.key in labels):
-            continue  # kernels, which are counted with the operators that start them
-        micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        name = f"Python in {event.key}" if event.key in labels else event.key
-        found.append(Operator(name, event.count, micros / 1e6))
-    return sorted(found, key=lambda operator: -operator.seconds)
+    found, kernel_s = [], 0.0
+    for event in events:
+        if event.device_type.name != "CPU":
+            # A phase is there once more, as long as the GPU is at it.
+            kernel_s += 0.0 if event.is_user_annotation else event.self_device_time_total / 1e6
+        elif not (on_gpu and event.key in labels):
+            micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            name = f"{event.key} itself" if event.key in labels else event.key
+            found.append(Operator(name, event.count, micros / 1e6))
+    return Operators(tuple(sorted(found, key=lambda one: -one.seconds)), kernel_s if on_gpu else None)
 
 
 class Timeline:

@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +24,8 @@ from raytune_ds.data.store import Store
 from raytune_ds.hooks import Orders
 from raytune_ds.objectives import OBJECTIVES
 from raytune_ds.phases import phase, tell
-from raytune_ds.profilepage import Operator, Profiled, RankTimes, page
-from raytune_ds.profiling import Profile, Timeline, trace_name
+from raytune_ds.profilepage import Operator, Operators, Profiled, RankTimes, page
+from raytune_ds.profiling import Profile, Timeline, counted, trace_name
 from raytune_ds.rundir import RunDir
 from raytune_ds.world import World
 from tests import alone
@@ -82,6 +83,54 @@ def test_labels_that_nobody_hears_are_one_and_the_same() -> None:
     """Nothing is made for them."""
     tell(None)
     assert phase("forward") is phase("backward")
+
+
+def test_a_sum_over_ranks_is_a_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: happened.append("summed"))
+
+    def hear(name: str) -> contextlib.AbstractContextManager[None]:
+        happened.append(name)
+        return contextlib.nullcontext()
+
+    tell(hear)
+    World(0, 2, CPU).sum(1.0)
+    World.alone().sum(1.0)
+    tell(None)
+    World(0, 2, CPU).sum(1.0)
+    assert happened == ["collective", "summed", "summed"]
+
+
+# ---- operators --------------------------------------------------------------------------------------
+
+
+def event(key: str, on: str, count: int, cpu_s: float, device_s: float, label: bool = False) -> Any:
+    """As torch sums them up by name."""
+    return SimpleNamespace(
+        key=key,
+        device_type=SimpleNamespace(name=on),
+        count=count,
+        self_cpu_time_total=cpu_s * 1e6,
+        self_device_time_total=device_s * 1e6,
+        is_user_annotation=label,
+    )
+
+
+def test_on_a_gpu_operators_count_by_the_kernels_they_start() -> None:
+    events = [
+        event("forward", "CPU", 2, 9.0, 8.0, label=True),
+        event("aten::add", "CPU", 3, 5.0, 1.0),
+        event("aten::mm", "CPU", 4, 1.0, 6.0),
+        event("forward", "CUDA", 2, 0.0, 8.0, label=True),
+        event("gemm_kernel", "CUDA", 4, 0.0, 6.0),
+        event("Memcpy HtoD", "CUDA", 1, 0.0, 0.5),
+    ]
+    assert counted(events, on_gpu=True) == Operators(
+        (Operator("aten::mm", 4, 6.0), Operator("aten::add", 3, 1.0)), kernel_s=6.5
+    )
+    assert counted(events[:3], on_gpu=False) == Operators(
+        (Operator("forward itself", 2, 9.0), Operator("aten::add", 3, 5.0), Operator("aten::mm", 4, 1.0))
+    )
 
 
 # ---- a whole worker --------------------------------------------------------------------------------
@@ -232,7 +281,7 @@ def test_steps_that_are_skipped_and_done_again_do_not_disturb_it(
         return objective(module, batch) * (float("nan") if spoils else 1.0)
 
     monkeypatch.setitem(OBJECTIVES, "sft", spoiled)
-    monkeypatch.setattr(profiling, "operators", lambda *_: [])  # which take a while to be counted
+    monkeypatch.setattr(profiling, "counted", lambda *_: Operators())  # which takes a while
     settings: dict[str, Any] = {"max_skipped_steps": 2, "on_skipped_steps": "rewind", "max_steps": 9}
     run = case.run(f"rewound-{window[0]}", profile=window, **settings)
     assert names(run) == [trace_name(*steps, 0), "summary.md"]
@@ -346,8 +395,8 @@ def test_the_page_of_a_gpu() -> None:
     rank = RankTimes({"forward": 3.0, "backward": 4.0, "other": 1.0, "evaluation": 2.0}, 1000.0)
     waits = RankTimes({"forward": 1.0, "backward": 2.0, "collective": 5.0}, 2000.0)
     rows = [ROW | {"step": 7}, ROW | {"step": 8, "step_time_s": 6.0, "model_tflops": 1.0, "mfu": 0.05}]
-    operators = [Operator("aten::mm", 20, 6.0), Operator("aten::add", 3, 1.5)]
-    text = page(Profiled("run", "NVIDIA H200", True, rows, [ROW], [rank, waits], operators))
+    operators = Operators([Operator("aten::mm", 20, 6.0), Operator("aten::add", 3, 1.0)], kernel_s=7.5)
+    text = page(Profiled("run", "NVIDIA H200", rows, [ROW], [rank, waits], operators))
     assert (
         "NVIDIA H200, 2 workers; 2 steps. 4,000 ms a step, 25 tokens/s, 1.5 model TFLOP/s, MFU 10.0 %" in text
     )
@@ -356,6 +405,7 @@ def test_the_page_of_a_gpu() -> None:
     assert cells(text, "forward")[1:3] == ["1,500", "37.5 %"]
     assert cells(text, "backward")[1:3] == ["2,000", "50.0 %"]
     assert cells(text, "1")[4] == "2,500"
-    assert "Kernels took 75.0 % of the time" in text
+    assert "By the GPU's clock" in text
+    assert "The GPU was busy for 75.0 % of the time" in text
     assert cells(text, "`aten::mm`")[1:] == ["10.0", "3,000", "60.0 %"]
     assert text.index("aten::mm") < text.index("aten::add")
