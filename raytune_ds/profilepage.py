@@ -145,7 +145,7 @@ def _head(profiled: Profiled) -> str:
         usual = statistics.median(row["step_time_s"] for row in profiled.before)
         now = statistics.median(row["step_time_s"] for row in rows)
         lines.append(
-            f"The profile itself takes time: the median step took {_ms(now)} ms with it and {_ms(usual)} ms in the "
+            f"The profile itself takes time: the median step took {_ms(now)} ms with it, and {_ms(usual)} ms in the "
             f"{_counted(len(profiled.before), 'step')} before."
         )
     return "\n".join(lines)

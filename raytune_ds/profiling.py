@@ -70,6 +70,7 @@ class Profile:
         self._profiler: profile | None = None
         self._before: deque[Mapping[str, Any]] = deque(maxlen=STEPS_BEFORE)
         self._rows: list[Mapping[str, Any]] = []
+        self._has_begun = False
 
     def begins(self, step: int) -> None:
         """A step is about to begin. A collective after the last step of the window."""
@@ -84,8 +85,13 @@ class Profile:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """A row of metrics.jsonl."""
-        if self._window is not None and "step_time_s" in row:
-            (self._before if self._timeline is None else self._rows).append(row)
+        if self._window is None or "step_time_s" not in row:
+            return
+        if self._timeline is not None:
+            self._rows.append(row)
+        elif self._has_begun:  # the first step of a worker waits for much that no other waits for
+            self._before.append(row)
+        self._has_begun = True
 
     def end(self) -> None:
         """Writes what there is; nothing where nothing is being profiled. A collective."""

@@ -197,7 +197,7 @@ def test_a_profile_says_where_the_time_went_and_changes_nothing(case: Case) -> N
     text = summary(run)
     assert "profiled, steps 4 to 5" in text
     assert "1 worker; 2 steps." in text
-    assert "in the 3 steps before" in text
+    assert "in the 2 steps before" in text
     assert "Between these steps, and in the operators below: checkpoint" in text
     parts = ("data wait", "forward", "backward", "collective", "optimizer", "metrics and logging", "other")
     shares = {part: float(cells(text, part)[2].removesuffix(" %")) for part in parts}
@@ -401,7 +401,7 @@ def test_the_page_of_a_gpu() -> None:
         "NVIDIA H200, 2 workers; 2 steps. 4,000 ms a step, 25 tokens/s, 1.5 model TFLOP/s, MFU 10.0 %" in text
     )
     assert "peak memory 2,000 MiB a worker" in text
-    assert "the median step took 4,000 ms with it and 2,000 ms in the 1 step before" in text
+    assert "the median step took 4,000 ms with it, and 2,000 ms in the 1 step before" in text
     assert cells(text, "forward")[1:3] == ["1,500", "37.5 %"]
     assert cells(text, "backward")[1:3] == ["2,000", "50.0 %"]
     assert cells(text, "1")[4] == "2,500"
