@@ -27,8 +27,9 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     data/share, batch, stream (R)      what a rank reads of a global batch, as `Batch`es, read ahead
     data/show, sample, spelled, page   a store as a person sees it: in the terminal; a bounded look at its packs; tokens
                                        one by one; a page of all that
-    allocator, world, rundir           how memory is given out; the ranks; the run directory
+    allocator, phases, world, rundir   how memory is given out; what a step is at; the ranks; the run directory
     watch, downtime, stacks            workers that hang; what a restart costs; the stacks of a process
+    profilepage, profiling             where the time of a step goes: the page, and how it is measured
     model/                             tiny models, packed attention and losses, weights by ranges; what a model is made
                                        of (anatomy) and which of it is adapted (targets); adapters, and what they begin
                                        with (initial); frozen weights as bytes (lowbits, quantize); build: the module

@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "activation_checkpointing",
     "eval_steps",
     "logging_steps",
+    "profile",
     "optim",
     "loss_spike_factor",
     "max_skipped_steps",

@@ -439,6 +439,27 @@ class TrainConfig(Section):
         "1: a step takes long enough for that.",
     )
 
+    profile: tuple[Count, Count] | None = Field(
+        default=None,
+        description="[first, last] of the optimizer steps that are profiled: where their time goes is written to "
+        "profile/ in the run directory, a page (summary.md) and a trace of each worker. A few steps behind the first "
+        "ones are enough. null: none, because a profiled step takes longer.",
+    )
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _two_steps(cls, profile: Any) -> Any:
+        if profile is not None and not (isinstance(profile, list | tuple) and len(profile) == 2):
+            raise ValueError("takes two steps, the first and the last: [10, 14]")
+        return profile
+
+    @field_validator("profile")
+    @classmethod
+    def _first_comes_first(cls, profile: tuple[int, int] | None) -> tuple[int, int] | None:
+        if profile is not None and profile[0] > profile[1]:
+            raise ValueError(f"runs from {profile[0]} to {profile[1]}; write the first step first")
+        return profile
+
     @field_validator("optim", mode="before")
     @classmethod
     def _one_name_for_one_thing(cls, optim: Any) -> Any:

@@ -89,3 +89,18 @@ class Display:
         if self._progress:
             self._progress.__exit__(None, None, None)
             self._progress = None
+
+
+def shares_of_time(progress: dict[str, Any]) -> str:
+    """What a run did but compute, in shares of all the time that its workers trained."""
+    spent = {name: progress.get(name, 0.0) for name in ("checkpoint_wait_s", "eval_s", "log_s")}
+    whole = progress["seconds"] + sum(spent.values())
+    names = {
+        "data_wait_s": "waiting for data",
+        "eval_s": "evaluations",
+        "checkpoint_wait_s": "checkpoints",
+        "log_s": "metrics",
+    }
+    return ", ".join(
+        f"{name} {100 * progress.get(key, 0.0) / max(whole, 1e-9):.1f} %" for key, name in names.items()
+    )

@@ -13,6 +13,8 @@ from raytune_ds.checkpoint import Reader
 from raytune_ds.data.rows import name_rows
 from raytune_ds.engines import Engine
 from raytune_ds.loop import Hooks, Progress, Row
+from raytune_ds.model.flops import Utilisation
+from raytune_ds.profiling import Profile
 from raytune_ds.saver import Label, Saver
 from raytune_ds.tracking import Tracking
 from raytune_ds.watch import Pulse
@@ -56,6 +58,8 @@ def hooks_of(
     tracking: Tracking | None,
     report: Report,
     orders: Orders,
+    utilisation: Utilisation | None = None,
+    profile: Profile | None = None,
 ) -> Hooks:
     """The hooks of a worker's loop.
 
@@ -67,11 +71,17 @@ def hooks_of(
         tracking: writes metrics; None but on rank 0.
         report: tells what happens.
         orders: what others want.
+        utilisation: figures of it go into the rows of steps.
+        profile: of some steps.
     """
     config, plan, run = assignment.config, assignment.plan, assignment.run
 
     def log(row: Row) -> None:
         is_step = "loss" in row
+        if is_step and utilisation is not None:
+            row = row | utilisation.figures(row)
+        if profile is not None:
+            profile.log(row)
         if tracking is not None:
             with orders.pulse.resting():  # a tracker's server may keep us waiting, and is given up by itself
                 tracking.log(row, plot=not is_step or row["step"] % config.train.logging_steps == 0)
@@ -141,6 +151,7 @@ def hooks_of(
         log=log,
         checkpoint=save,
         go_back=go_back,
+        begins=profile.begins if profile is not None else lambda step: None,
         goes_on=goes_on,
         moves=orders.pulse.moves,
         lives=orders.pulse.lives,

@@ -18,7 +18,7 @@ from raytune_ds.console import human_count, human_time, say, warn
 from raytune_ds.data import prepared
 from raytune_ds.data.gate import require_sound
 from raytune_ds.data.prepare import prepare
-from raytune_ds.display import Display
+from raytune_ds.display import Display, shares_of_time
 from raytune_ds.downtime import Restart
 from raytune_ds.errors import UserError
 from raytune_ds.fitting import Fitting, Watcher
@@ -247,6 +247,7 @@ def _say_end(result: Result) -> None:
         f"training ({human_time(result.wall_time_s)} since the start); {losses}; peak memory "
         f"{max(result.peak_memory_mib):,.0f} MiB a worker"
     )
+    say(f"of the time: {shares_of_time(progress)}")
     say(f"saved: {result.run}/final ({result.final_bytes / (1 << 20):.1f} MiB)")
     say(f"try it: raytune-ds chat --run {result.run}")
 

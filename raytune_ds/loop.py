@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from raytune_ds.data.order import Order
 from raytune_ds.engines import Engine
 from raytune_ds.guard import NAMED, Guard, Lapses
 from raytune_ds.objectives import Objective
+from raytune_ds.phases import phase
 from raytune_ds.schedule import lr_multiplier
 from raytune_ds.world import World
 
@@ -71,6 +73,7 @@ class Hooks:
             call it together.
         go_back: loads the newest checkpoint from before a step, and returns the progress in it; None if there is no
             checkpoint. All ranks call it together.
+        begins: hears of each step before its batch is fetched; called on every rank.
         goes_on: whether to train on after an evaluation; the same on all ranks, which call it together.
         moves: hears what the rank is at, at each place where ranks wait for each other.
         lives: called in between, for each batch.
@@ -83,6 +86,7 @@ class Hooks:
     log: Callable[[Row], None]
     checkpoint: Callable[[Progress], float]
     go_back: Callable[[int], Progress | None] = lambda step: None
+    begins: Callable[[int], None] = lambda step: None
     goes_on: Callable[[int], bool] = lambda step: True
     moves: Callable[[str], None] = lambda doing: None
     lives: Callable[[], None] = lambda: None
@@ -94,7 +98,13 @@ class Hooks:
 
 @dataclass
 class Progress:
-    """What a run has counted so far; a checkpoint keeps it."""
+    """What a run has counted so far; a checkpoint keeps it.
+
+    Attributes:
+        seconds: of all steps; what data_wait_s says is a part of it, while the other three come on top.
+        eval_s: of evaluations.
+        log_s: of writing metrics, to files and trackers.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -107,7 +117,10 @@ class Progress:
     best_eval_loss: float | None = None
     eval_step: int | None = None
     seconds: float = 0.0
+    data_wait_s: float = 0.0
     checkpoint_wait_s: float = 0.0
+    eval_s: float = 0.0
+    log_s: float = 0.0
     lapses: Lapses = field(default_factory=Lapses)
 
     @staticmethod
@@ -156,6 +169,10 @@ def train(
         hooks.lives()
         return objective(module, batch)
 
+    def log(row: Row) -> None:
+        with phase("logging"), _timed(progress, "log_s"):
+            hooks.log(row)
+
     def step(micro_batches: list[Batch], started: float) -> tuple[bool, bool]:
         hooks.moves(f"computing step {progress.step + 1}")
         data_wait = time.perf_counter() - started
@@ -169,7 +186,7 @@ def train(
         row = {**_place(progress, plan), **row}
         row |= {"step_time_s": seconds, "tokens_per_s": row["tokens"] / seconds, "data_wait_s": data_wait}
         _note_step(progress, row, seconds)
-        hooks.log({**row, "world_size": world.size})
+        log({**row, "world_size": world.size})
         text = guard.describe(row) if row["skipped"] else None
         guard.note(row)
         if text is not None:
@@ -179,15 +196,17 @@ def train(
     def evaluate() -> None:
         if eval_batches is not None:
             hooks.moves(f"measuring the held-out loss after step {progress.step}")
-            measured = mean_losses(engine.module, loss_of, eval_batches(), world, sources)
+            with phase("evaluation"), _timed(progress, "eval_s"):
+                measured = mean_losses(engine.module, loss_of, eval_batches(), world, sources)
             _note_eval(progress, measured["eval_loss"])
-            hooks.log({"step": progress.step, **measured})
+            log({"step": progress.step, **measured})
 
     def save() -> None:
         hooks.moves(f"taking the checkpoint of step {progress.step}")
-        waited = hooks.checkpoint(progress)
+        with phase("checkpoint"):
+            waited = hooks.checkpoint(progress)
         progress.checkpoint_wait_s += waited
-        hooks.log({"step": progress.step, "checkpoint_wait_s": waited})
+        log({"step": progress.step, "checkpoint_wait_s": waited})
 
     def go_back() -> None:
         skipped = progress.lapses.in_a_row
@@ -206,13 +225,15 @@ def train(
         save()
     goes_on, stream = True, batches(progress.step)
     while goes_on and progress.step < plan.total_steps:
+        hooks.begins(progress.step + 1)
         started = time.perf_counter()
         hooks.moves(f"fetching the batch of step {progress.step + 1}")
-        micro_batches = next(stream)
+        with phase("fetch"):
+            micro_batches = next(stream)
         looks = stops = False
         if guard.leaves_out(progress.step + 1):
             progress.step += 1
-            hooks.log({**_place(progress, plan), "left_out": True})
+            log({**_place(progress, plan), "left_out": True})
         else:
             looks, stops = step(micro_batches, started)
         if guard.had_enough:
@@ -253,31 +274,41 @@ def optimizer_step(
     weights = sources.nothing(torch.device("cpu"))
     for batch in micro_batches:
         weights += sources.sums(batch, batch.weights_S)
-    tokens = sum(batch.num_tokens for batch in micro_batches if batch.weight != 0)
+    trained = [batch for batch in micro_batches if batch.weight != 0]
+    counts = [sum(counted) for counted in zip((0, 0, 0), *map(_counts, trained), strict=True)]
     rows = batchid.halves(sum(batch.rows for batch in micro_batches))
-    global_tokens, *told = world.sum(tokens, *rows, *weights)
+    tokens, targets, pairs, *told = world.sum(*counts, *rows, *weights)
     global_rows, global_weights = told[:2], told[2:]
     losses = sources.nothing(world.device)
     for batch in micro_batches:
-        on_device = batch.to(world.device)
-        losses_S = objective(engine.module, on_device)
-        engine.backward(losses_S.sum() / global_weights[0])
+        with phase("forward"):
+            on_device = batch.to(world.device)
+            losses_S = objective(engine.module, on_device)
+        with phase("backward"):
+            engine.backward(losses_S.sum() / global_weights[0])
         losses += sources.sums(on_device, losses_S.detach())
     # What a rank wishes travels with the loss: all of them hear of it at the same step, at no cost.
     looks, stops, *global_losses = world.sum(*wishes, *losses)
     means = sources.means("loss", global_losses, global_weights)
     global_mean = means["loss"]
-    result = engine.step(lr, wanted=math.isfinite(global_mean) and global_mean <= highest_loss)
+    with phase("optimizer"):
+        result = engine.step(lr, wanted=math.isfinite(global_mean) and global_mean <= highest_loss)
     return {
         **means,
         "weight": global_weights[0],
-        "tokens": int(global_tokens),
+        "tokens": int(tokens),
+        "targets": int(targets),
+        "pairs": int(pairs),
         "lr": lr,
         "grad_norm": result.grad_norm,
         "skipped": result.skipped,
         "wishes": (looks > 0, stops > 0),
         "batch": batchid.text(batchid.joined(*global_rows)),
     }
+
+
+def _counts(batch: Batch) -> tuple[int, int, int]:
+    return batch.num_tokens, batch.num_targets, batch.num_pairs
 
 
 @torch.no_grad()
@@ -310,11 +341,20 @@ def _place(progress: Progress, plan: Plan) -> Row:
     return {"step": progress.step, "epoch": round(progress.step / plan.order.steps_per_epoch, 4)}
 
 
+@contextmanager
+def _timed(progress: Progress, sum_of: str) -> Iterator[None]:
+    """Adds the time that passes within to one of the progress's sums."""
+    began = time.perf_counter()
+    yield
+    setattr(progress, sum_of, getattr(progress, sum_of) + time.perf_counter() - began)
+
+
 def _note_step(progress: Progress, row: Row, seconds: float) -> None:
     progress.tokens += row["tokens"]
     progress.supervised += row["weight"]
     progress.skipped_steps += row["skipped"]
     progress.seconds += seconds
+    progress.data_wait_s += row["data_wait_s"]
     progress.last_loss = row["loss"]
     if progress.first_loss is None:
         progress.first_loss = row["loss"]

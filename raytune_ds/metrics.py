@@ -65,7 +65,6 @@ class Meter:
 
     def __init__(self) -> None:
         """Before the first event."""
-        self._start: dict[str, Any] = {}
         self._rows: deque[dict[str, Any]] = deque(maxlen=RATE_STEPS)
         self._restarts = self._skipped_steps = 0
         self._step_s = self._checkpoint_s = 0.0
@@ -76,7 +75,6 @@ class Meter:
         return read(content) if read else {}
 
     def _read_start(self, content: dict[str, Any]) -> dict[str, float]:
-        self._start = content
         self._rows.clear()
         self._step_s = self._checkpoint_s = 0.0
         return {
@@ -100,7 +98,7 @@ class Meter:
             "tokens_per_second": self._sum("tokens") / seconds,
             "step_seconds": seconds / len(self._rows),
             "data_wait_ratio": self._sum("data_wait_s") / seconds,
-            **self._mfu(seconds),
+            **({"mfu_ratio": self._mean("mfu", seconds)} if "mfu" in row else {}),
         }
 
     def _read_eval(self, row: dict[str, Any]) -> dict[str, float]:
@@ -117,16 +115,13 @@ class Meter:
 
     def _read_restart(self, _: dict[str, Any]) -> dict[str, float]:
         self._restarts += 1
-        idle = {"tokens_per_second": 0.0} | ({"mfu_ratio": 0.0} if self._start.get("peak_flops") else {})
+        knows_mfu = bool(self._rows) and "mfu" in self._rows[-1]
+        idle = {"tokens_per_second": 0.0} | ({"mfu_ratio": 0.0} if knows_mfu else {})
         return {"restarts": self._restarts, **idle}
 
-    def _mfu(self, seconds: float) -> dict[str, float]:
-        peak = self._start["peak_flops"]
-        if peak is None:
-            return {}
-        needed = self._start["flops_per_token"] * self._sum("tokens")
-        needed += self._start["flops_per_target"] * self._sum("weight")
-        return {"mfu_ratio": needed / seconds / peak}
+    def _mean(self, rate: str, seconds: float) -> float:
+        """Of a rate, over the time of these steps."""
+        return sum(row[rate] * row["step_time_s"] for row in self._rows) / seconds
 
     def _sum(self, key: str) -> float:
         return sum(row[key] for row in self._rows)

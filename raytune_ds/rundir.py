@@ -3,6 +3,7 @@
 config.json      the resolved config
 metrics.jsonl    one line per optimizer step, one per evaluation
 checkpoints/     step-00000120/ ...
+profile/         where the time of a few steps went, where train.profile asks for it
 initial/         what the adapter began with, where that was not drawn
 final/           the adapter, or the model
 result.json      how it ended
@@ -111,6 +112,11 @@ class RunDir:
     def hangs(self) -> str:
         """The folder of the stacks of workers that hung, a folder each time."""
         return f"{self.path}/hangs"
+
+    @property
+    def profile(self) -> str:
+        """The folder of `train.profile`: summary.md, and a trace of each rank."""
+        return f"{self.path}/profile"
 
     @property
     def tensorboard(self) -> str:

@@ -34,13 +34,14 @@ from raytune_ds.hooks import Orders, Report, hooks_of
 from raytune_ds.loop import Progress, train
 from raytune_ds.model import initial
 from raytune_ds.model.build import Built, build
-from raytune_ds.model.flops import Flops, peak_flops
+from raytune_ds.model.flops import Flops, Utilisation, peak_flops
 from raytune_ds.model.initial import Initial
 from raytune_ds.model.load import compute_dtype
 from raytune_ds.model.weights import fingerprint
 from raytune_ds.modelcard import model_card
 from raytune_ds.modelfiles import ExportError
 from raytune_ds.objectives import OBJECTIVES
+from raytune_ds.profiling import Profile
 from raytune_ds.saver import Label, Saver, Written
 from raytune_ds.schedule import warmup_steps
 from raytune_ds.tracking import Tracking
@@ -132,11 +133,10 @@ def _run(
             "step": progress.step,
             "total_steps": plan.total_steps,
             "world_size": world.size,
-            "flops_per_token": flops.per_token,
-            "flops_per_target": flops.per_target,
-            "peak_flops": _peak_flops(world),
         },
     )
+    utilisation = Utilisation(flops, _peak_flops(world))
+    profile = _profile(assignment, world, report, orders)
     if progress.step < plan.total_steps:
         share = _share(assignment, world)
         try:
@@ -148,17 +148,21 @@ def _run(
                 objective=OBJECTIVES[config.objective.kind],
                 batches=lambda step: open_stream(assignment.store, share, range(step, plan.total_steps)),
                 eval_batches=_eval_batches(assignment, world),
-                hooks=hooks_of(assignment, world, engine, saver, tracking, report, orders),
+                hooks=hooks_of(
+                    assignment, world, engine, saver, tracking, report, orders, utilisation, profile
+                ),
                 progress=progress,
                 sources=Sources.of(assignment.store),
             )
             orders.pulse.rests()
         except UserError:  # on all ranks alike: what is being written is worth waiting for
             saver.close()
+            profile.end()
             if tracking is not None:
                 tracking.close()
             raise
         saver.close()
+        profile.end()
     stopped = progress.step < plan.total_steps
     try:
         final_bytes = 0 if stopped else _save_final(assignment, world, built, progress, report).size
@@ -373,6 +377,22 @@ def _eval_batches(assignment: Assignment, world: World) -> Callable[[], Iterator
     order = store.order("eval", EVAL_BATCH, seed=None)
     share = _share(assignment, world, order)
     return lambda: read(store, "eval", share, range(order.steps_per_epoch))
+
+
+def _profile(assignment: Assignment, world: World, report: Report, orders: Orders) -> Profile:
+    window, total = assignment.config.train.profile, assignment.plan.total_steps
+    if window is not None and window[0] > total:
+        text = f"train.profile = {list(window)}: the run has {total} steps, so none of them is profiled"
+        report("warning", {"text": text})
+    return Profile(
+        window,
+        assignment.run,
+        world,
+        peak_memory_mib=lambda: peak_memory_mib(world.device),
+        note=partial(_note, report),
+        warn=lambda text: report("warning", {"text": text}),
+        resting=orders.pulse.resting,
+    )
 
 
 def _saver(

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from raytune_ds.errors import UserError
+from raytune_ds.phases import phase
 
 T = TypeVar("T")
 
@@ -86,7 +87,8 @@ class World:
         total = torch.tensor([float(v) for v in values], dtype=torch.float64)
         if self.size > 1:
             total = total.to(self.device)
-            dist.all_reduce(total, group=self.group)
+            with phase("collective"):
+                dist.all_reduce(total, group=self.group)
         return [float(v) for v in total.tolist()]
 
     def gather(self, value: Any) -> list[Any]:

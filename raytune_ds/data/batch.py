@@ -81,6 +81,17 @@ class Batch:
         """Tokens the model runs on."""
         return self.ids_BT.numel()
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are trained on, whatever their weights."""
+        return len(self.supervised_N)
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a token and one that it attends to, itself included, in causal attention within documents."""
+        lengths_S = self.segments.diff().long()
+        return int((lengths_S * (lengths_S + 1) // 2).sum())
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         moved: dict[str, Any] = {}

@@ -19,6 +19,7 @@ from raytune_ds.engines import Piece, StepResult, Task
 from raytune_ds.engines.eightbit import adamw_of
 from raytune_ds.engines.fill import fill, hand_out
 from raytune_ds.model.weights import Read
+from raytune_ds.phases import phase
 
 
 class DdpEngine:
@@ -48,7 +49,8 @@ class DdpEngine:
         if self._allocation is not None and self._world.is_main:
             self._allocation.add_penalty()
         if self._world.size > 1:
-            dist.all_reduce(self._gradient)
+            with phase("collective"):
+                dist.all_reduce(self._gradient)
         grad_norm = float(torch.linalg.vector_norm(self._gradient))
         result = self._adamw.apply([self._gradient], grad_norm, lr, wanted)
         if self._allocation is not None and not result.skipped:

@@ -64,7 +64,7 @@ def _sources(folder: Path) -> str:
 def first(request: pytest.FixtureRequest, shared: Path) -> Any:
     """The first run, without a format key."""
     request.getfixturevalue("ray_session")
-    return _launch(shared, "train.num_train_epochs=3")
+    return _launch(shared, "train.num_train_epochs=3", "train.profile=[2,3]")
 
 
 def _launch(shared: Path, *overrides: str) -> Any:
@@ -91,6 +91,10 @@ def test_loss_falls_and_the_run_directory_keeps_its_contract(first: Any) -> None
         "grad_norm",
         "step_time_s",
         "tokens_per_s",
+        "data_wait_s",
+        "targets",
+        "pairs",
+        "model_tflops",
     }
     assert all(step_keys | {"world_size"} <= set(row) for row in rows if "loss" in row)
     assert next(row["step"] for row in rows if "eval_loss" in row) == 0, (
@@ -103,6 +107,13 @@ def test_loss_falls_and_the_run_directory_keeps_its_contract(first: Any) -> None
     assert json.loads((run / "config.json").read_text())["run"]["name"] == "mixed"
     assert sorted(p.name for p in (run / "checkpoints").iterdir())[-1] == f"step-{len(losses):08d}"
     assert len(list((run / "checkpoints").iterdir())) == 2, "checkpoint.keep"
+
+
+def test_the_time_of_some_steps_is_explained(first: Any) -> None:
+    folder = Path(first.run) / "profile"
+    traces = [f"steps-00000002-00000003-rank-{rank}.json.gz" for rank in (0, 1)]
+    assert sorted(path.name for path in folder.iterdir()) == [*traces, "summary.md"]
+    assert "CPU, 2 workers; 2 steps." in (folder / "summary.md").read_text()
 
 
 def test_the_adapter_loads_with_plain_peft(first: Any) -> None:

@@ -87,6 +87,7 @@ DEFAULTS = {
         "activation_checkpointing": "auto",
         "eval_steps": None,
         "logging_steps": 1,
+        "profile": None,
     },
     "engine": {"kind": "auto", "stage": None, "offload": None, "config": None},
     "scaling": {
@@ -203,6 +204,7 @@ def test_unknown_keys_are_refused(section: str) -> None:
         ("train.activation_checkpointing", [True], ["auto", "none", "full"]),
         ("train.eval_steps", [0], [None, 1]),
         ("train.logging_steps", [0], [1]),
+        ("train.profile", [5, [5], [0, 3], [4, 3], [1, 2, 3]], [None, (1, 1), (3, 8)]),
         ("engine.kind", ["megatron"], ["auto", "ddp", "zero", "fsdp"]),
         ("engine.stage", [0, 4], [1, 2, 3, None]),
         ("engine.offload", ["cpu"], ["none", "optimizer", "parameters", None]),
@@ -239,6 +241,12 @@ def test_sources_are_normalised() -> None:
 def test_empty_sources_say_what_to_do() -> None:
     with pytest.raises(ValidationError, match="is empty; name at least one source"):
         make("data.sources", [])
+
+
+@pytest.mark.parametrize("given", ["5", "[5]", "[1, 2, 3]", "3-8"])
+def test_a_profile_takes_two_steps(given: str) -> None:
+    with pytest.raises(UserError, match=r"train\.profile.*takes two steps, the first and the last"):
+        compose([], [f"train.profile={given}"])
 
 
 def test_eval_sources_replace_the_fraction() -> None:
@@ -322,6 +330,7 @@ UNITS = {
     "train.max_skipped_steps": "Optimizer steps",
     "train.eval_steps": "Optimizer steps",
     "train.logging_steps": "Optimizer steps",
+    "train.profile": "optimizer steps",
     "scaling.num_workers": "Worker processes",
     "scaling.cpus_per_worker": "CPUs",
     "scaling.resize_interval_s": "Seconds",

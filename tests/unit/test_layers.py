@@ -28,7 +28,7 @@ ROOMS = """
     data.literal data.thinking data.chat data.turntokens data.template data.sketch data.inspection data.sightings
     data.job data.chunks data.fit data.scatter data.duplicates data.gate data.buckets data.batch data.stream
     data.prepare data.show data.sample data.spelled data.page
-    allocator world rundir watch downtime stacks
+    allocator phases world rundir watch downtime stacks profilepage profiling
     model.tiny model.attention model.crossentropy model.packed model.weights model.lowbits model.quantize model.load
     model.anatomy model.targets model.adapters model.allocation model.initial model.adapterreport model.build
     model.flops

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from raytune_ds.display import RATE_STEPS, Display
+from raytune_ds.display import RATE_STEPS, Display, shares_of_time
 from raytune_ds.metrics import GAUGES, PREFIX, Meter
 from tests.helpers import DASHBOARD, queries
 
@@ -19,9 +19,6 @@ START = {
     "step": 0,
     "total_steps": 40,
     "world_size": 2,
-    "flops_per_token": 3e9,
-    "flops_per_target": 1e9,
-    "peak_flops": 1e12,
 }
 ROW = {
     "step": 1,
@@ -29,12 +26,16 @@ ROW = {
     "loss": 2.5,
     "weight": 50.0,
     "tokens": 100,
+    "targets": 50,
+    "pairs": 1000,
     "lr": 1e-4,
     "grad_norm": 0.5,
     "skipped": False,
     "step_time_s": 2.0,
     "tokens_per_s": 50.0,
     "data_wait_s": 0.5,
+    "model_tflops": 0.4,
+    "mfu": 0.4,
     "world_size": 2,
 }
 CHECKPOINT = {"step": 1, "label": {}, "path": "", "size": 1000, "seconds": 1.5}
@@ -48,10 +49,10 @@ EVENTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def after(*events: tuple[str, dict[str, Any]], start: dict[str, Any] = START) -> dict[str, float]:
+def after(*events: tuple[str, dict[str, Any]]) -> dict[str, float]:
     """All values once these have happened after a start."""
     meter = Meter()
-    values = meter.read("start", start)
+    values = meter.read("start", START)
     for kind, content in events:
         values |= meter.read(kind, content)
     return values
@@ -73,7 +74,7 @@ def test_each_gauge_has_its_value() -> None:
             "tokens_per_second": 50,
             "step_seconds": 2.0,
             "data_wait_ratio": 0.25,
-            "mfu_ratio": (3e9 * 100 + 1e9 * 50) / 2.0 / 1e12,
+            "mfu_ratio": 0.4,
             "checkpoint_wait_seconds": 0.5,
             "checkpoint_wait_ratio": 0.5 / 2.5,
             "checkpoint_write_seconds": 1.5,
@@ -88,17 +89,19 @@ def test_every_gauge_comes_from_some_event() -> None:
 
 def test_rates_are_means_over_the_last_steps() -> None:
     """By time: a slow step counts for as long as it took, and is forgotten in the end."""
-    slow = ROW | {"step_time_s": 6.0, "data_wait_s": 4.5}
+    slow = ROW | {"step_time_s": 6.0, "data_wait_s": 4.5, "mfu": 0.2}
     values = after(("step", slow), ("step", ROW))
     assert values["tokens_per_second"] == pytest.approx(200 / 8)
     assert values["step_seconds"] == pytest.approx(4.0)
     assert values["data_wait_ratio"] == pytest.approx(5.0 / 8)
+    assert values["mfu_ratio"] == pytest.approx((6.0 * 0.2 + 2.0 * 0.4) / 8)
     values = after(("step", slow), *[("step", ROW)] * RATE_STEPS)
     assert values["tokens_per_second"] == pytest.approx(50)
 
 
 def test_of_an_unknown_gpu_no_utilisation_is_claimed() -> None:
-    assert "mfu_ratio" not in after(*EVENTS[1:], start=START | {"peak_flops": None})
+    row = {key: value for key, value in ROW.items() if key != "mfu"}
+    assert "mfu_ratio" not in after(("step", row), *EVENTS[2:])
 
 
 def test_nothing_is_trained_while_workers_restart() -> None:
@@ -130,6 +133,17 @@ def test_the_display_knows_each_kind(capsys: pytest.CaptureFixture[str]) -> None
         for kind, content in EVENTS:
             display.show(kind, content)
     assert "held-out loss 2.25" in capsys.readouterr().out
+
+
+def test_the_end_says_what_the_time_went_into() -> None:
+    """Waiting for data is a part of a step; the others come on top of the steps."""
+    progress = {"seconds": 70.0, "data_wait_s": 0.5, "checkpoint_wait_s": 10.0, "eval_s": 19.5, "log_s": 0.5}
+    assert (
+        shares_of_time(progress)
+        == "waiting for data 0.5 %, evaluations 19.5 %, checkpoints 10.0 %, metrics 0.5 %"
+    )
+    before_these_were_counted = {"seconds": 30.0, "checkpoint_wait_s": 10.0}
+    assert "data 0.0 %, evaluations 0.0 %, checkpoints 25.0 %" in shares_of_time(before_these_were_counted)
 
 
 # ---- the dashboard --------------------------------------------------------------------------------

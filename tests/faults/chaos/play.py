@@ -26,7 +26,7 @@ ATTEMPTS = 3
 TRIES = 5
 """Of a scenario whose moment was too short to be caught."""
 DEADLINE_S = 300.0
-TIMES = ("step_time_s", "tokens_per_s", "data_wait_s", "checkpoint_wait_s")
+TIMES = ("step_time_s", "tokens_per_s", "model_tflops", "mfu", "data_wait_s", "checkpoint_wait_s")
 TOLERANCE = 1e-5
 
 
