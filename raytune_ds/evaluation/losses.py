@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from raytune_ds.data.batch import Batch, Pack, collate
 from raytune_ds.evaluation.items import TokenSequence
 from raytune_ds.model import attention
-from raytune_ds.model.crossentropy import LOGITS_CHUNK
+from raytune_ds.model.crossentropy import chunks
 from raytune_ds.model.load import attends_causally, parts
 
 TOKENS_AT_ONCE = 8192
@@ -88,9 +88,12 @@ def _token_losses(base: Any, batch: Batch, is_packed: bool) -> torch.Tensor:
         input_ids=batch.ids_BT, use_cache=False, **(_borders(batch) if is_packed else {})
     ).last_hidden_state
     hidden_NE = hidden_BTE[0].index_select(0, batch.supervised_N)
-    chunks = zip(hidden_NE.split(LOGITS_CHUNK), batch.targets_N.split(LOGITS_CHUNK), strict=True)
-    # The head is called, not multiplied with: an adapter may have wrapped it.
-    return torch.cat([F.cross_entropy(head(h).float(), t, reduction="none") for h, t in chunks])
+    targets_N = batch.targets_N
+    losses_N = torch.empty(len(targets_N), device=targets_N.device)
+    for part in chunks(targets_N, base.config.get_text_config().vocab_size):
+        # The head is called, not multiplied with: an adapter may have wrapped it.
+        losses_N[part] = F.cross_entropy(head(hidden_NE[part]).float(), targets_N[part], reduction="none")
+    return losses_N
 
 
 def _borders(batch: Batch) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -89,14 +90,14 @@ class HeadLog:
         return [len(logits) for logits in self.logits]
 
     def __enter__(self) -> HeadLog:
-        make = crossentropy._logits
+        linear = F.linear
 
-        def note(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            logits_NV, of_all = make(*args)
+        def note(*args: Any) -> torch.Tensor:
+            logits_NV = linear(*args)
             self.logits.append(logits_NV.clone())
-            return logits_NV, of_all
+            return logits_NV
 
-        self._patch.setattr(crossentropy, "_logits", note)
+        self._patch.setattr(crossentropy, "F", SimpleNamespace(linear=note))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -207,12 +208,17 @@ def gradients(model: Any, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]
     return float(loss.detach()), found
 
 
+def four_at_a_time(monkeypatch: pytest.MonkeyPatch, vocabulary: int) -> None:
+    """No more than four tokens' logits are in memory together."""
+    monkeypatch.setitem(crossentropy.LOGITS_BYTES, "cpu", 4 * 4 * vocabulary)
+
+
 def test_chunks_of_logits_change_neither_loss_nor_gradient(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = pack(documents(), some_weights())
     loss, whole = gradients(model, batch)
-    monkeypatch.setattr(crossentropy, "LOGITS_CHUNK", 4)
+    four_at_a_time(monkeypatch, model.config.vocab_size)
     with HeadLog() as head:
         chunked_loss, chunked = gradients(model, batch)
     assert chunked_loss == pytest.approx(loss, rel=1e-6)
@@ -230,7 +236,7 @@ def test_chunks_of_logits_change_neither_loss_nor_gradient(
 def test_the_loss_of_a_linear_layer_equals_torchs(
     monkeypatch: pytest.MonkeyPatch, trained: str, count: int, above: str
 ) -> None:
-    monkeypatch.setattr(crossentropy, "LOGITS_CHUNK", 4)
+    four_at_a_time(monkeypatch, 11)
     torch.manual_seed(0)
     tensors = {"hidden": torch.randn(count, 6), "weight": torch.randn(11, 6), "bias": torch.randn(11)}
     tensors = {name: tensor.requires_grad_(name in trained) for name, tensor in tensors.items()}
