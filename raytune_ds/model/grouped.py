@@ -65,8 +65,8 @@ class Groups:
         return (y_SD.view(*weights_TK.shape, -1) * weights_TK[..., None]).sum(1)
 
 
-# Both ways are reads of whole rows in the forward and in the backward pass: torch's own backward pass of a read adds row
-# by row, and on CUDA in any order.
+# Both ways are reads of whole rows, forward and backward: the backward pass of torch's own read adds row by row, and on
+# CUDA in any order.
 
 
 class _Spread(torch.autograd.Function):
