@@ -23,10 +23,10 @@ IDS_BT = torch.arange(5, 45)[None]
 RANK = 3  # no multiple of what grouped kernels want
 
 
-def adapted(folder: Path, dtype: torch.dtype = torch.float32, targets: Any = "all") -> Any:
+def adapted(folder: Path, **adapter: Any) -> Any:
     """In peft's hands, with an adapter that changes something."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    config = AdapterConfig(r=RANK, alpha=6.0, targets=targets)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    config = AdapterConfig(**{"r": RANK, "alpha": 6.0, "targets": "all", **adapter})
     ready = get_peft_model(model, adapters.peft_config(model, config, choose(model, config)))
     torch.manual_seed(1)
     for name, parameter in ready.named_parameters():
@@ -43,15 +43,24 @@ def outcome(ready: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return logits.detach(), {n: p.grad for n, p in ready.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        *((architecture, {}) for architecture in MOE),
+        ("qwen2", {"bias": "all", "use_rslora": True}),
+        ("qwen2", {"dropout": 0.5}),  # not in training
+        ("deepseek-v3", {"targets": ["router", "experts"], "use_rslora": True}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.parametrize("architecture", MOE)
 def test_it_computes_what_peft_computes(
-    tiny_models: dict[str, Path], architecture: str, recomputed: bool
+    tiny_models: dict[str, Path], architecture: str, settings: dict[str, Any], recomputed: bool
 ) -> None:
-    ready = adapted(tiny_models[architecture])
+    ready = adapted(tiny_models[architecture], **settings).eval()
     names, (logits, gradients) = [*ready.state_dict()], outcome(ready)
     lowrank.compute_on_tokens(ready)
-    if recomputed:
+    if recomputed and "dropout" not in settings:
         ready.train()
         ready.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ours, our_gradients = outcome(ready)
@@ -123,6 +132,38 @@ def test_a_change_below_the_last_bit_of_a_weight_counts() -> None:
     assert not ready(x).any()  # 1 + 1/1024 is 1 in bfloat16
     lowrank.compute_on_tokens(ready)
     assert (ready(x) == 1 / 1024).all()
+
+
+@pytest.mark.parametrize("settings", [{"dropout": 0.5}, {"use_dora": True}], ids=str)
+def test_variants_are_left_to_peft(tiny_models: dict[str, Path], settings: dict[str, Any]) -> None:
+    for left, more in ((True, settings), (False, {})):
+        ready = adapted(tiny_models["qwen2"], **more)
+        before = {name: module.forward for name, module in ready.named_modules()}
+        lowrank.compute_on_tokens(ready)
+        changed = [n for n, module in ready.named_modules() if module.forward != before[n]]
+        assert (changed == []) == left
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_the_backward_pass_keeps_no_copy_of_what_comes_in(ours: bool) -> None:
+    base = torch.nn.Sequential(torch.nn.Linear(32, 48, bias=False)).bfloat16()
+    ready = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+    for name, parameter in ready.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    if ours:
+        lowrank.compute_on_tokens(ready)
+    x = torch.randn(7, 32, dtype=torch.bfloat16, requires_grad=True)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        ready(x).sum()
+    copies = [t for t in kept if t.numel() == x.numel() and storage(t) != storage(x)]
+    assert (copies == []) == ours
 
 
 # ---- groups ---------------------------------------------------------------------------------------
