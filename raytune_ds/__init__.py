@@ -31,9 +31,10 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     watch, downtime, stacks            workers that hang; what a restart costs; the stacks of a process
     profilepage, profiling             where the time of a step goes: the page, and how it is measured
     model/                             tiny models, packed attention and losses, weights by ranges; what a model is made
-                                       of (anatomy) and which of it is adapted (targets); adapters, and what they begin
-                                       with (initial); frozen weights as bytes (lowbits, quantize); build: the module
-                                       that is trained, without weights yet
+                                       of (anatomy) and which of it is adapted (targets); adapters, what they begin with
+                                       (initial), and those of bare parameters on the tokens (lowrank, grouped); frozen
+                                       weights as bytes (lowbits, quantize); build: the module that is trained, without
+                                       weights yet
     objectives/, engines/              a batch to a loss sum; gradients to an update, and who holds which part
     checkpoint, saver                  checkpoints, of no engine and no world size; taking them while training goes on
     before                             the model that a run began with, whole and at its commit

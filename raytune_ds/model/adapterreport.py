@@ -14,6 +14,7 @@ from raytune_ds.console import human_bytes, human_count
 from raytune_ds.errors import UserError
 from raytune_ds.model import adapters
 from raytune_ds.model.anatomy import Matrix, anatomy
+from raytune_ds.model.lowrank import on_tokens
 from raytune_ds.model.targets import choose
 from raytune_ds.servable import refusals
 
@@ -58,7 +59,7 @@ class AdapterReport:
         adapted: groups with an adapter.
         left_alone: the others.
         whole: modules that are trained whole beside the adapter.
-        widest_bare: elements of the largest matrix that is adapted as a bare parameter.
+        widest_bare: elements of the largest matrix that is adapted as a bare parameter in peft's own way.
         unserved: why vLLM can't serve it as it is.
     """
 
@@ -116,8 +117,8 @@ def _beside(report: AdapterReport) -> list[str]:
         lines.append(f"  trained whole: {', '.join(report.whole)}")
     if report.widest_bare:
         lines.append(
-            "  bare parameters: peft adds the adapter to the matrix itself, and the backward pass makes the gradient "
-            f"of all of it, up to {human_count(report.widest_bare)} elements at a time"
+            "  bare parameters: of some, peft adds the adapter to the matrix itself, and the backward pass makes the "
+            f"gradient of all of it, up to {human_count(report.widest_bare)} elements at a time"
         )
     if report.unserved:
         lines.append(
@@ -164,7 +165,11 @@ def report(model: PreTrainedModel, config: AdapterConfig, made: Any = None) -> A
     adapted = [matrix for matrix in matrices if layers[matrix.name] is not None]
     whole = tuple(getattr(made, "modules_to_save", None) or ())
     left = [m for m in matrices if layers[m.name] is None and not _is_among(m.owner, whole)]
-    bare = [m for m in adapted if hasattr(layers[m.name], "parameter_name")]
+    bare = [
+        m
+        for m in adapted
+        if hasattr(layer := layers[m.name], "parameter_name") and not on_tokens(layer.get_base_layer())
+    ]
     return AdapterReport(
         trainable=sum(p.numel() for p in ready.parameters() if p.requires_grad),
         total=sum(p.numel() for p in ready.parameters()),

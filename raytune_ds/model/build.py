@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.config import ModelConfig
-from raytune_ds.model import adapters, quantize
+from raytune_ds.model import adapters, lowrank, quantize
 from raytune_ds.model.allocation import RankAllocation, allocation_of
 from raytune_ds.model.initial import Initial, adapted
 from raytune_ds.model.load import hold_in, own_attention, packed_attention, parts, runs_on_packs, skeleton
@@ -95,6 +95,7 @@ def build(
     torch.manual_seed(seed)
     packings = quantize.packings(base, config.quantization).values()
     ready = adapted(base, adapter, trained_dtype, initial)
+    lowrank.compute_on_tokens(ready)
     head = adapters.trained_part(base.get_output_embeddings())
     module = PackedLM(ready, decoder, head, dtype, autocast, end_to_end)
     _keep_routers_precise(base)

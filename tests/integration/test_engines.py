@@ -59,6 +59,12 @@ def test_losses_and_weights_are_those_of_one_plain_process(
     hold(cases, run(cases, tiny_models), plain)
 
 
+def test_adapted_experts_are_those_of_one_process_with_peft(tiny_models: dict[str, Path]) -> None:
+    by_peft = {("deepseek-v3", "lora all"): reference(tiny_models["deepseek-v3"], "lora all")}
+    cases = [Case(engine, "lora all", 2, "deepseek-v3") for engine in ("ddp", "zero2", "zero3", "fsdp")]
+    hold(cases, run(cases, tiny_models), by_peft)
+
+
 def test_bfloat16_gives_nearly_the_same_losses(
     tiny_models: dict[str, Path], plain: dict[tuple[str, str], Trace]
 ) -> None:

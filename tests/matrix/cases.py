@@ -25,6 +25,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp": {"kind": "fsdp"},
 }
 KINDS = ("full", "lora")
+LORA = ("lora", "lora all")
 WORLDS = (1, 2, 3)
 MODELS = ("deepseek-v3", "qwen2")
 STEPS = 10
@@ -105,7 +106,8 @@ WEIGHT_LIMIT = 1e-4
 
 
 def adapter(kind: str) -> AdapterConfig:
-    return AdapterConfig(kind="lora" if kind == "lora" else "none", r=4, alpha=8)
+    targets = "all" if kind == "lora all" else "auto"  # experts too, which peft reaches as bare parameters
+    return AdapterConfig(kind="lora" if kind in LORA else "none", r=4, alpha=8, targets=targets)
 
 
 def lr(step: int) -> float:
@@ -145,14 +147,18 @@ def reference(folder: Path, kind: str) -> Trace:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from raytune_ds.model.adapters import peft_config
     from raytune_ds.model.attention import register
     from raytune_ds.model.load import parts
     from raytune_ds.model.packed import PackedLM
+    from raytune_ds.model.targets import choose
 
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=register())
     decoder, head = parts(base)
     torch.manual_seed(0)
     model: Any = base
+    if kind == "lora all":
+        model = get_peft_model(base, peft_config(base, adapter(kind), choose(base, adapter(kind))))
     if kind == "lora":
         targets = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
         if "deepseek" not in folder.name:

@@ -104,6 +104,13 @@ def test_the_report_shows_parts_ranks_and_experts(tiny_models: dict[str, Path]) 
         assert words in text
 
 
+def test_the_report_says_whose_whole_gradient_is_made(tiny_models: dict[str, Path]) -> None:
+    for targets, widest in (("all", 0), (["experts", "router"], 8 * 128)):  # 8 experts, 128 in
+        found = report(bare(tiny_models, "deepseek-v3"), config(targets=targets))
+        assert found.widest_bare == widest
+        assert ("gradient of all of it" in "\n".join(found.lines())) == (widest > 0)
+
+
 def test_the_report_says_what_vllm_can_serve(tiny_models: dict[str, Path]) -> None:
     plain = report(bare(tiny_models, "deepseek-v3"), config())
     assert plain.unserved == ()

@@ -30,8 +30,8 @@ ROOMS = """
     data.prepare data.show data.sample data.spelled data.page
     allocator phases world rundir watch downtime stacks profilepage profiling
     model.tiny model.attention model.crossentropy model.packed model.weights model.lowbits model.quantize model.load
-    model.anatomy model.targets model.adapters model.allocation model.initial model.adapterreport model.build
-    model.flops
+    model.anatomy model.grouped model.targets model.adapters model.lowrank model.allocation model.initial
+    model.adapterreport model.build model.flops
     schedule guard bysource
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
