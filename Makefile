@@ -26,7 +26,8 @@ train: $(READY)  ## the demo: a tiny DeepSeek-V3-shaped model learns a domain, i
 	$(BIN)/raytune-ds demo
 
 test: $(READY)  ## all tests: no network, no GPU
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal tests/unit
+	$(BIN)/python -m pytest --ignore tests/unit tests
 
 test-cluster: $(READY)  ## a real cluster of machines made of namespaces; root, about ten minutes, no network
 	$(BIN)/python -m pytest -m cluster -s tests/cluster/test_nodes.py tests/cluster/test_onprem.py \
