@@ -34,7 +34,7 @@ test-cluster: $(READY)  ## a real cluster of machines made of namespaces; root, 
 	    tests/cluster/test_aws.py tests/cluster/test_metrics.py
 
 slow-check: $(READY)  ## whole sweeps, on two engines, by every searcher and scheduler, killed; nodes that come and go; half an hour
-	$(BIN)/python -m pytest -m slow tests/sweeps tests/faults
+	$(BIN)/python -m pytest -m slow tests
 
 chaos: $(READY)  ## N=20 runs on real nodes, from which something is killed at a random point, SEED=0; about a minute each
 	$(BIN)/python -m tests.faults.chaos --number $(or $(N),20) --seed $(or $(SEED),0)

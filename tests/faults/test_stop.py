@@ -15,22 +15,12 @@ import pytest
 
 from raytune_ds.errors import Stopped
 from tests.conftest import TOKEN
-from tests.faults.conftest import ROWS
+from tests.faults.conftest import ROWS, SETTINGS
 from tests.head import Head, environment_with
 from tests.helpers import Run, step_losses, write_jsonl
 
 SECRET = "known-to-the-client-alone"
 DEADLINE_S = 120
-SETTINGS = (
-    "data.sources=rows.jsonl",
-    "data.seq_len=64",
-    "data.eval.fraction=0",
-    "scaling.num_workers=2",
-    "train.global_batch=3",
-    "train.max_steps=160",
-    "train.learning_rate=1e-3",
-    "checkpoint.every_steps=7",
-)
 
 
 @pytest.fixture
@@ -71,11 +61,10 @@ def _knows_the_secret(process: psutil.Process) -> bool:
 
 
 def test_a_stopped_job_resumes_to_the_same_model(
-    token_head: Head, folder: Path, tmp_path: Path, run: Run
+    token_head: Head, folder: Path, tmp_path: Path, calm_losses: list[float]
 ) -> None:
     """With a token, that workers find by themselves. And without the client's environment: it is nobody's business."""
-    calm = run("run.name=calm", *SETTINGS)
-    arguments = (*SETTINGS, f"run.storage={tmp_path}", "tracking.to=[]", "run.name=job")
+    arguments = ("data.sources=rows.jsonl", *SETTINGS, f"run.storage={tmp_path}", "run.name=job")
     client = token_head.environment | {"HF_TOKEN": SECRET}
     options = ("--no-wait", "--submission-id", "first")
     submitted = token_head.submit(folder, *arguments, options=options, environment=client)
@@ -88,7 +77,7 @@ def test_a_stopped_job_resumes_to_the_same_model(
 
     left = json.loads((tmp_path / "job" / "result.json").read_text())
     assert left["status"] == "stopped"
-    assert 7 <= left["progress"]["step"] < 160
+    assert 7 <= left["progress"]["step"] < len(calm_losses)
     log = json.loads(_ask(token_head, "first/logs"))["logs"]
     assert f"run.name=job resumes it after the checkpoint of step {left['progress']['step']}" in log
     assert "Traceback" not in log
@@ -96,7 +85,7 @@ def test_a_stopped_job_resumes_to_the_same_model(
     resumed = token_head.submit(folder, *arguments)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "resuming from the checkpoint of step" in resumed.stdout
-    assert step_losses(str(tmp_path / "job")) == step_losses(calm.run)
+    assert step_losses(str(tmp_path / "job")) == calm_losses
     ours = resumed.stdout.split("Running entrypoint")[1].split("Job 'raysubmit")[0]
     assert "\r" not in ours
     assert "\x1b[?" not in ours
@@ -111,7 +100,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(run: Run, folder: Path, tmp_path: Path
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(Stopped) as stopped:
-        run("run.name=run", *SETTINGS)
+        run("run.name=run", "data.sources=rows.jsonl", *SETTINGS)
     assert stopped.value.signal == signal.SIGINT
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "stopped"
 
