@@ -24,6 +24,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # not 2: how late an end is seen
 os.environ.setdefault("RAY_metrics_report_interval_ms", "2000")  # a test waits for it
 # The S3 of `s3_bucket`, and nobody's own. Ray's workers have it from the environment in which Ray starts.
 S3_PORT = free_port()
