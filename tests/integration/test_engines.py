@@ -22,6 +22,9 @@ from tests.matrix.cases import (
 )
 from tests.matrix.run import halves, run
 
+# The first of them runs all that is here; and DeepSpeed compiles its CPU optimizer where it has not been yet.
+pytestmark = pytest.mark.timeout(1200)
+
 NAMES = list(ENGINES)
 WHOLE = [
     Case(engine, kind, 3, MODELS[(number + shift) % 2])
