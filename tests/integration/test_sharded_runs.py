@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def held_out_loss(run: str, storage: Path) -> float:
     final = Path(run) / "final"
     model: Any
     if (final / "adapter_config.json").exists():
-        (base,) = (storage / ".models").iterdir()
+        base = json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"]
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), final)
     else:
         model = AutoModelForCausalLM.from_pretrained(final)
@@ -65,9 +66,17 @@ def hold(run: Any, storage: Path) -> None:
         assert "train_micro_batch_size_per_gpu" in (Path(run.run) / "ds_config.json").read_text()
 
 
-def test_an_adapter_that_was_trained_in_shards(run: Run, tmp_path: Path) -> None:
-    sharded = ("engine.kind=zero", "engine.stage=3", "adapter.kind=lora", "model.name=tiny:qwen2")
-    hold(run(*SETTINGS, *sharded), tmp_path)
+def test_an_adapter_of_a_model_of_the_hub(
+    run: Run, tmp_path: Path, hub_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained in shards; the model is in its cache, as on a machine without a network."""
+    result = run(
+        *SETTINGS, "engine.kind=zero", "engine.stage=3", "adapter.kind=lora", f"model.name={hub_model}"
+    )
+    assert result.status == "finished"
+    assert "org/tiny is fetched to each node" in capsys.readouterr().out
+    assert "org/tiny" in (Path(result.run) / "final" / "README.md").read_text()
+    hold(result, tmp_path)
 
 
 def test_another_engine_on_more_workers_goes_on_with_the_same_losses(run: Run, tmp_path: Path) -> None:
