@@ -26,14 +26,15 @@ train: $(READY)  ## the demo: a tiny DeepSeek-V3-shaped model learns a domain, i
 	$(BIN)/raytune-ds demo
 
 test: $(READY)  ## all tests: no network, no GPU
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal tests/unit
+	$(BIN)/python -m pytest --ignore tests/unit tests
 
 test-cluster: $(READY)  ## a real cluster of machines made of namespaces; root, about ten minutes, no network
 	$(BIN)/python -m pytest -m cluster -s tests/cluster/test_nodes.py tests/cluster/test_onprem.py \
 	    tests/cluster/test_aws.py tests/cluster/test_metrics.py
 
 slow-check: $(READY)  ## whole sweeps, on two engines, by every searcher and scheduler, killed; nodes that come and go; half an hour
-	$(BIN)/python -m pytest -m slow tests/sweeps tests/faults
+	$(BIN)/python -m pytest -m slow tests
 
 chaos: $(READY)  ## N=20 runs on real nodes, from which something is killed at a random point, SEED=0; about a minute each
 	$(BIN)/python -m tests.faults.chaos --number $(or $(N),20) --seed $(or $(SEED),0)

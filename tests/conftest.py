@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -18,10 +19,12 @@ from tests.helpers import Run
 # Before any test imports the libraries that read them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="raytune-hf-")  # nobody else's cache decides a test
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy sizes gain nothing from threads, and wait for each other
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # not 2: how late an end is seen
 os.environ.setdefault("RAY_metrics_report_interval_ms", "2000")  # a test waits for it
 # The S3 of `s3_bucket`, and nobody's own. Ray's workers have it from the environment in which Ray starts.
 S3_PORT = free_port()
@@ -40,6 +43,12 @@ TEXTS = (
     "名词解释：适配器是一小组可以单独训练的参数。",
     "First pack the long documents, then the short ones; 3.14159 is not a whole number.",
 ) * 8
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: whoever collects garbage to give memory back need not look through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

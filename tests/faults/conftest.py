@@ -17,7 +17,7 @@ SETTINGS = (
     "data.eval.fraction=0",
     "scaling.num_workers=2",
     "train.global_batch=3",
-    "train.max_steps=60",
+    "train.max_steps=160",
     "train.learning_rate=1e-3",
     "checkpoint.every_steps=7",
     "tracking.to=[]",
@@ -26,7 +26,7 @@ SETTINGS = (
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Of a run that takes some seconds, with its data."""
+    """Of a run that takes some seconds once its workers are there, with its data."""
     rows = write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS)
     return (f"data.sources={rows}", *SETTINGS)
 

@@ -15,22 +15,12 @@ import pytest
 
 from raytune_ds.errors import Stopped
 from tests.conftest import TOKEN
-from tests.faults.conftest import ROWS
+from tests.faults.conftest import ROWS, SETTINGS
 from tests.head import Head, environment_with
 from tests.helpers import Run, step_losses, write_jsonl
 
 SECRET = "known-to-the-client-alone"
 DEADLINE_S = 120
-SETTINGS = (
-    "data.sources=rows.jsonl",
-    "data.seq_len=64",
-    "data.eval.fraction=0",
-    "scaling.num_workers=2",
-    "train.global_batch=3",
-    "train.max_steps=160",
-    "train.learning_rate=1e-3",
-    "checkpoint.every_steps=7",
-)
 
 
 @pytest.fixture
@@ -38,6 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What is submitted; and where we are."""
     (tmp_path / "sent").mkdir()
     write_jsonl(tmp_path / "sent" / "rows.jsonl", ROWS)
+    (tmp_path / "sent" / "my.yaml").write_text("data: {sources: rows.jsonl}\n")
     monkeypatch.chdir(tmp_path / "sent")
     return tmp_path / "sent"
 
@@ -71,11 +62,14 @@ def _knows_the_secret(process: psutil.Process) -> bool:
 
 
 def test_a_stopped_job_resumes_to_the_same_model(
-    token_head: Head, folder: Path, tmp_path: Path, run: Run
+    token_head: Head, folder: Path, tmp_path: Path, calm_losses: list[float]
 ) -> None:
-    """With a token, that workers find by themselves. And without the client's environment: it is nobody's business."""
-    calm = run("run.name=calm", *SETTINGS)
-    arguments = (*SETTINGS, f"run.storage={tmp_path}", "tracking.to=[]", "run.name=job")
+    """With a token, that workers find by themselves. And without the client's environment: it is nobody's business.
+
+    Config and data travel with the working directory; the run goes to shared storage; what is logged reads well.
+    """
+    settings = (*SETTINGS, "scaling.num_workers=auto", f"run.storage={tmp_path}", "run.name=job")
+    arguments = ("--config", "my.yaml", *settings)
     client = token_head.environment | {"HF_TOKEN": SECRET}
     options = ("--no-wait", "--submission-id", "first")
     submitted = token_head.submit(folder, *arguments, options=options, environment=client)
@@ -88,15 +82,21 @@ def test_a_stopped_job_resumes_to_the_same_model(
 
     left = json.loads((tmp_path / "job" / "result.json").read_text())
     assert left["status"] == "stopped"
-    assert 7 <= left["progress"]["step"] < 160
+    assert 7 <= left["progress"]["step"] < len(calm_losses)
     log = json.loads(_ask(token_head, "first/logs"))["logs"]
+    assert "training steps 1 to 160" in log
     assert f"run.name=job resumes it after the checkpoint of step {left['progress']['step']}" in log
     assert "Traceback" not in log
 
     resumed = token_head.submit(folder, *arguments)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "resuming from the checkpoint of step" in resumed.stdout
-    assert step_losses(str(tmp_path / "job")) == step_losses(calm.run)
+    assert step_losses(str(tmp_path / "job")) == calm_losses
+    assert json.loads((tmp_path / "job" / "result.json").read_text())["num_workers"] == 2
+    for words in ("on the Ray cluster at", "finished: 160 steps", "saved:"):
+        assert words in resumed.stdout
+    assert "Traceback" not in resumed.stdout
+    assert "RayTrainWorker" not in resumed.stdout, "libraries' lines drown ours"
     ours = resumed.stdout.split("Running entrypoint")[1].split("Job 'raysubmit")[0]
     assert "\r" not in ours
     assert "\x1b[?" not in ours
@@ -111,7 +111,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(run: Run, folder: Path, tmp_path: Path
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(Stopped) as stopped:
-        run("run.name=run", *SETTINGS)
+        run("run.name=run", "data.sources=rows.jsonl", *SETTINGS)
     assert stopped.value.signal == signal.SIGINT
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "stopped"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,41 +11,13 @@ from raytune_ds.errors import UserError
 from raytune_ds.evaluate import Wish, measure
 from raytune_ds.evaluation.datasets import HELD_OUT
 from tests.helpers import metrics, write_jsonl
+from tests.integration.conftest import FACTS, Colours
 from tests.runs import finished_run
 
-FACTS = [
-    {"instruction": f"Name colour {n}", "input": "", "output": colour}
-    for n, colour in enumerate(["red", "green", "blue", "grey"] * 6)
-]
 
-
-@pytest.fixture(scope="module")
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """An adapter run; a quarter of its rows is held out."""
-    request.getfixturevalue("ray_session")
-    from raytune_ds.compose import compose
-    from raytune_ds.launch import launch
-
-    root = tmp_path_factory.mktemp("evaluated")
-    data = write_jsonl(root / "colours.jsonl", FACTS)
-    settings = (
-        f"run.storage={root}",
-        f"data.sources={data}",
-        "run.name=colours",
-        "data.seq_len=128",
-        "data.eval.fraction=0.25",
-        "scaling.num_workers=1",
-        "train.global_batch=2",
-        "train.learning_rate=1e-2",
-        "train.max_steps=12",
-        "tracking.to=[]",
-    )
-    return launch(compose([], settings))
-
-
-def test_workers_of_ray_data_find_what_this_process_finds(trained: Any, tmp_path: Path) -> None:
+def test_workers_of_ray_data_find_what_this_process_finds(colours: Colours, tmp_path: Path) -> None:
     """Losses before and after training are those that training itself has measured; answers keep the rows' order."""
-    path = trained.run
+    path = colours.result.run
     questions = write_jsonl(tmp_path / "questions.jsonl", FACTS[:11])
     wish = Wish(data=(str(questions),), batch_size=3, num_workers=2)
     there = measure(path, wish)

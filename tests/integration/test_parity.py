@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def _rows() -> list[dict[str, str]]:
     ]
 
 
+@cache
 def plain_losses(base: str, store_path: str) -> list[float]:
     """Transformers and peft, nothing else: per-step losses on the documents of each global batch."""
     import torch
@@ -107,7 +109,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_losses_equal_the_plain_loop(run: Run, shared: Path, num_workers: int) -> None:
     """Whatever the number of workers: 1e-5 relative over 20 steps."""
     result = run(

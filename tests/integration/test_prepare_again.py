@@ -85,7 +85,7 @@ def cpus(request: pytest.FixtureRequest) -> Iterator[None]:
     options.resource_limits = before
 
 
-@pytest.mark.parametrize("cpus", [1, 2], indirect=True)
+@pytest.mark.parametrize("cpus", [1, pytest.param(2, marks=pytest.mark.slow)], indirect=True)
 def test_the_number_of_tasks_does_not_matter(
     tmp_path: Path, tiny: Path, data: list[str], calm: Any, cpus: None
 ) -> None:

@@ -195,11 +195,3 @@ def test_more_epochs_go_on_where_it_stopped(first: Any, shared: Path, run: Run) 
     assert losses[: len(losses_before)] == losses_before
     assert len(losses) == len(losses_before) * 4 // 3
     assert longer.num_workers == 1
-
-
-def test_a_model_of_the_hub(run: Run, hub_model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """From its cache, as on a machine without a network."""
-    result = run(f"model.name={hub_model}", "train.max_steps=2", "data.seq_len=128", "train.global_batch=2")
-    assert result.status == "finished"
-    assert "org/tiny is fetched to each node" in capsys.readouterr().out
-    assert "org/tiny" in (Path(result.run) / "final" / "README.md").read_text()

@@ -24,7 +24,7 @@ from tests.matrix.cases import (
     Trace,
     reference,
 )
-from tests.matrix.run import run, saved_then_continued
+from tests.matrix.run import halves, run
 
 # Lora checkpoints hold far less and are written and read by the same code: a sample of the pairs is enough.
 LORA_PAIRS = (
@@ -70,10 +70,10 @@ def _parity(models: dict[str, Path], plain: dict[tuple[str, str], Trace]) -> lis
 
 def _portability(models: dict[str, Path], plain: dict[tuple[str, str], Trace], root: Path) -> list[str]:
     """Steps 6 to 10 from every engine's checkpoint at 2 workers, in every engine at 3."""
-    first = [Case(engine, kind, 2, "deepseek-v3") for engine in ENGINES for kind in KINDS]
     pairs = [(a, b, "full") for a in ENGINES for b in ENGINES] + [(a, b, "lora") for a, b in LORA_PAIRS]
-    then = [(Case(a, kind, 2, "deepseek-v3"), Case(b, kind, 3, "deepseek-v3")) for a, b, kind in pairs]
-    traces = dict(zip(pairs, saved_then_continued(first, then, models, root / "checkpoints"), strict=True))
+    cases = [(Case(a, kind, 2, "deepseek-v3"), Case(b, kind, 3, "deepseek-v3")) for a, b, kind in pairs]
+    first, then = halves(cases, root / "checkpoints")
+    traces = dict(zip(pairs, run([*first, *then], models)[len(first) :], strict=True))
     _print(
         "the same for steps 6 to 10, begun from another engine's checkpoint: saved by 2 workers, continued by 3 (full)",
         "saved by",

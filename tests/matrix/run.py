@@ -34,21 +34,21 @@ def run(cases: Sequence[Case], models: dict[str, Path]) -> list[Trace]:
     return [traces[case] for case in cases]
 
 
-def saved_then_continued(
-    first: Sequence[Case], then: Sequence[tuple[Case, Case]], models: dict[str, Path], root: Path
-) -> list[Trace]:
-    """Runs `first` to the middle, then each (saved, continued) pair's second half from the checkpoint of its first.
+def halves(pairs: Sequence[tuple[Case, Case]], root: Path) -> tuple[list[Case], list[Case]]:
+    """What `run` is given, in this order, for second halves that go on from the checkpoints of others' first halves.
+
+    Args:
+        pairs: (who saves in the middle, who goes on); one that goes on has no fewer workers.
+        root: of the checkpoints.
 
     Returns:
-        The traces of the second halves.
+        Each that saves, once; the one that goes on of each pair.
     """
     middle = STEPS // 2
-    where = {case: str(root / f"{number}") for number, case in enumerate(first)}
-    run([replace(case, stop=middle, save=where[case]) for case in first], models)
-    return run(
-        [replace(c, start=f"{where[saved]}/step-{middle:08d}", start_step=middle) for saved, c in then],
-        models,
-    )
+    where = {case: str(root / str(number)) for number, case in enumerate(dict.fromkeys(a for a, _ in pairs))}
+    first = [replace(case, stop=middle, save=folder) for case, folder in where.items()]
+    then = [replace(b, start=f"{where[a]}/step-{middle:08d}", start_step=middle) for a, b in pairs]
+    return first, then
 
 
 def free_port() -> int:

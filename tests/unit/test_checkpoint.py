@@ -423,13 +423,14 @@ def test_of_a_thousand_random_damages_each_is_found(tmp_path: Path, small_shards
     for seed in range(1000):
         rng = random.Random(seed)
         damage = rng.choice([truncate, flip_a_bit, delete, swap, zero])
-        damage(*rng.sample(sorted(whole), 2), rng)
+        touched = rng.sample(sorted(whole), 2)
+        damage(*touched, rng)
         warnings: list[str] = []
         found = checkpoint.newest(str(tmp_path), ALONE, warnings.append)
         if found is None or found[1].step != 10 or len(warnings) != 1:
             missed.append((seed, damage.__name__))
-        for file, content in whole.items():
-            file.write_bytes(content)
+        for file in touched:
+            file.write_bytes(whole[file])
     assert missed == []
     newest = checkpoint.newest(str(tmp_path), ALONE, refuse_warnings)
     assert newest is not None

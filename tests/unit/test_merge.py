@@ -109,8 +109,17 @@ def assert_same(
 # ---- LoRA and its kin -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", TARGETS)
-@pytest.mark.parametrize("option", ["plain", "use_rslora", "use_dora"])
+# What rsLoRA changes is a factor; and to DoRA the three plain architectures are one.
+ALIKE = [("use_rslora", name) for name in TARGETS if name not in ("deepseek-v3", "llama")] + [
+    ("use_dora", name) for name in ("qwen2", "qwen3")
+]
+
+
+@pytest.mark.parametrize(("option", "architecture"), [
+    pytest.param(option, name, marks=[pytest.mark.slow] * ((option, name) in ALIKE))
+    for option in ("plain", "use_rslora", "use_dora")
+    for name in TARGETS
+])  # fmt: skip
 def test_lora_on_linear_layers(make: Make, architecture: str, option: str) -> None:
     options = {} if option == "plain" else {option: True}
     base, adapter, merged = make(architecture, lora(TARGETS[architecture], **options))
