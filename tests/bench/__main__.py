@@ -1,159 +1,156 @@
-"""The training step beside the recipe of the tutorials: padding, full logits, one batch of documents a time.
+"""The training step beside other trainers, on the same documents with the same model, adapter, optimizer and precision.
 
-Both train the same LoRA on the same documents of the bundled demo's general questions, alternating in one process, so
-that whatever else the machine does hits both. What counts is the ratio of real (unpadded) tokens a second.
+Each side lives in a process of its own and makes a pass whenever it is its turn: one optimizer step on all documents,
+so that the losses of all sides are those of the same gradients, and stay equal from pass to pass. What counts is the
+ratio of real (unpadded) tokens a second, of passes made right after each other.
 
     make bench
+    python -m tests.bench [NAME ...] [--data FOLDER] [--out FOLDER] [--times 5] [--list]
+
+FOLDER of --data holds alpaca_en_demo.json and glaive_toolcall_en_demo.json; without it documents are drawn with the
+lengths of those. TRL_PYTHON and LLAMAFACTORY_PYTHON name interpreters of environments that have these packages, where
+they are not installed beside ours. The tables, and all that was measured, are left in the FOLDER of --out.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
-from raytune_ds import engines
-from raytune_ds.adapterconfig import AdapterConfig
-from raytune_ds.config import EngineConfig, ModelConfig, TrainConfig
 from raytune_ds.console import say, table
-from raytune_ds.data.batch import collate
-from raytune_ds.data.formats import to_example
-from raytune_ds.data.packing import first_fit_decreasing
-from raytune_ds.data.template import Encoded, Encoder
-from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
-from raytune_ds.demo.data import general_rows
-from raytune_ds.loop import optimizer_step
-from raytune_ds.model import tiny
-from raytune_ds.model.build import build
-from raytune_ds.objectives import OBJECTIVES
-from raytune_ds.world import World
+from tests.bench import corpus, shapes
+from tests.bench.cases import COMPARISONS, MATMULS, OURS, Comparison
+from tests.bench.paired import Passes, Side, alternate, ratio
+from tests.bench.peers.case import Case
 
-ALTERNATIONS = 5
-DOCUMENTS = 256
-SEQ_LEN = 512
-PADDED_BATCH = 8
-
-Step = Callable[[], float]
+THREADS = 2
+HEAD = ["", "tokens/s", "we are x times as fast", "peak MiB", "ours to theirs", "losses, first and last"]
 
 
-def packed(model_dir: Path, documents: Sequence[Encoded]) -> Step:
-    """Our step on all documents; returns the mean loss."""
-    built = build(
-        ModelConfig(name=str(model_dir)),
-        AdapterConfig(),
-        seed=0,
-        dtype=torch.float32,
-        trained_dtype=torch.float32,
-        checkpoint_activations=False,
+def compare(wanted: Comparison, folder: Path, data: Path | None, times: int) -> dict[str, Any]:
+    """Runs the sides of a comparison in turn; all that was measured."""
+    vocabulary = shapes.SHAPES[wanted.shape]["vocab_size"]
+    documents = corpus.of(wanted.data, wanted.documents, vocabulary, data)
+    common = Case(
+        model=str(shapes.make(wanted.shape, folder)),
+        documents=str(documents.write(folder / f"{wanted.name}.jsonl")),
+        lora=wanted.lora,
+        dtype=wanted.dtype,
+        threads=THREADS,
     )
-    lengths = np.array([len(d.ids) - 1 for d in documents])
-    packs = [_pack([documents[i] for i in members]) for members in first_fit_decreasing(lengths, SEQ_LEN)]
-    batches = [collate(packs[i : i + 4]) for i in range(0, len(packs), 4)]
-    task = engines.Task(
-        built=built,
-        train=TrainConfig(),
-        engine=EngineConfig(),
-        world=World.alone(),
-        micro_batch=4,
-        accumulation=len(batches),
-        total_steps=2 * ALTERNATIONS,
-        warmup_steps=0,
-    )
-    engine = engines.build("ddp", task)
-    return lambda: optimizer_step(engine, OBJECTIVES["sft"], batches, World.alone(), lr=1e-4)["loss"]
-
-
-def _pack(members: Sequence[Encoded]) -> dict[str, np.ndarray]:
+    sides, absent = {}, {}
+    for number, peer in enumerate(wanted.peers):
+        if peer.python is None:
+            absent[peer.name] = "not installed"
+            continue
+        case = Case(**{**asdict(common), "options": peer.options}).write(folder / f"{number}.json")
+        module = f"tests.bench.peers.{peer.module}"
+        sides[peer.name] = Side(module, case, folder / f"{number}.log", THREADS, peer.python)
+    done, broken = alternate(sides, times)
     return {
-        "ids": np.concatenate([d.ids[:-1] for d in members]),
-        "targets": np.concatenate([d.ids[1:] for d in members]),
-        "weights": np.concatenate([d.weights[1:] for d in members]),
-        "lengths": np.array([len(d.ids) - 1 for d in members]),
-        "docs": np.zeros(len(members), np.int64),
+        "name": wanted.name,
+        "documents": documents.name,
+        "tokens": documents.tokens,
+        "supervised": documents.supervised,
+        "sides": done,
+        "absent": absent | broken,
     }
 
 
-def padded(model_dir: Path, documents: Sequence[Encoded]) -> Step:
-    """The recipe's step on all documents; returns the mean loss."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa")
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(
-        model, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+def rows_of(measured: dict[str, Any]) -> list[list[str]]:
+    """The cells of a comparison's table."""
+    sides: dict[str, Passes] = measured["sides"]
+    ours, rows = sides[OURS.name], []
+    for name, passes in sides.items():
+        if name == MATMULS.name:
+            continue
+        rows.append(
+            [
+                name,
+                f"{measured['tokens'] / passes.median:,.0f}",
+                "" if passes is ours else f"{ratio(ours, passes):.2f}",
+                f"{passes.peak_mib:,.0f}",
+                "" if passes is ours else f"{ours.peak_mib / passes.peak_mib:.2f}",
+                f"{passes.losses[0]:.4f} {passes.losses[-1]:.4f}",
+            ]
+        )
+    return rows
+
+
+def share_of_limit(measured: dict[str, Any]) -> str | None:
+    """Needed operations over what the matrix products alone, made in turn with our passes, say could be done."""
+    sides: dict[str, Passes] = measured["sides"]
+    if MATMULS.name not in sides:
+        return None
+    ours, limit = sides[OURS.name], sides[MATMULS.name]
+    rate = limit.told["flops"] / limit.median
+    needed = ours.told["flops"]
+    share = ratio(ours, limit) * needed / limit.told["flops"]
+    return (
+        f"{needed / ours.median / 1e9:,.0f} of the {rate / 1e9:,.0f} GFLOP/s that the matrix products alone reach at "
+        f"these shapes: {share:.0%}"
     )
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
-    batches = [_pad(documents[i : i + PADDED_BATCH]) for i in range(0, len(documents), PADDED_BATCH)]
-    weight = sum(d.num_supervised for d in documents)
-
-    def step() -> float:
-        total = 0.0
-        for ids_BT, labels_BT, mask_BT in batches:
-            logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT).logits
-            flat = logits_BTV[:, :-1].flatten(0, 1)
-            loss = F.cross_entropy(flat, labels_BT[:, 1:].flatten(), reduction="sum") / weight
-            loss.backward()
-            total += loss.item()
-        optimizer.step()
-        optimizer.zero_grad()
-        return total
-
-    return step
 
 
-def _pad(documents: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    longest = max(len(d.ids) for d in documents)
-    ids = torch.zeros(len(documents), longest, dtype=torch.long)
-    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-    for row, d in enumerate(documents):
-        ids[row, : len(d.ids)] = torch.tensor(d.ids)
-        supervised = torch.tensor(d.weights) != 0
-        labels[row, : len(d.ids)] = torch.where(supervised, torch.tensor(d.ids), -100)
-        mask[row, : len(d.ids)] = 1
-    return ids, labels, mask
+def markdown(title: str, rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """A table as README has them."""
+    lines = [f"### {title}", "", "| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", *notes, ""])
+
+
+def machine() -> str:
+    """Where it ran, and with what."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    return f"{packages}, Python {platform.python_version()}, {platform.machine()}, {THREADS} threads"
 
 
 def main() -> None:
-    """Prints the table."""
-    torch.set_num_threads(2)
-    disable_progress_bar()
-    rows = list(general_rows())
-    chosen = np.random.default_rng(0).permutation(len(rows))[:DOCUMENTS]
-    with tempfile.TemporaryDirectory() as folder:
-        model_dir = tiny.build(
-            "qwen2", lambda: (r["instruction"] + r["output"] for r in rows), 0, Path(folder) / "m"
-        )
-        encoder = Encoder(load_tokenizer(TokenizerSpec(str(model_dir))))
-        documents = [encoder.encode(to_example(rows[i], "alpaca"))[0] for i in chosen]
-        tokens = sum(len(d.ids) for d in documents)
-        steps = {
-            "raytune_ds, packed": packed(model_dir, documents),
-            "padded recipe": padded(model_dir, documents),
-        }
-        losses = {name: step() for name, step in steps.items()}  # warms up, and shows that both do the same
-        rates: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in range(ALTERNATIONS):
-            for name, step in steps.items():
-                started = time.perf_counter()
-                step()
-                rates[name].append(tokens / (time.perf_counter() - started))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    slowest = medians["padded recipe"]
-    table(
-        f"LoRA, tiny qwen2, {DOCUMENTS} documents, {tokens:,} tokens, {ALTERNATIONS} alternations",
-        ["", "tokens/s", "ratio", "first loss"],
-        [[n, f"{m:,.0f}", f"{m / slowest:.2f}", f"{losses[n]:.6f}"] for n, m in medians.items()],
-    )
-    say(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, 2 threads")
+    """Prints the tables, each when it is there."""
+    names = [c.name for c in COMPARISONS]
+    parser = argparse.ArgumentParser(prog="python -m tests.bench")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of what to compare; all by default")
+    parser.add_argument("--data", type=Path, help="folder of real rows")
+    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="where the results go")
+    parser.add_argument("--times", type=int, default=5, help="passes of each side that count")
+    parser.add_argument("--list", action="store_true", help="the names")
+    told = parser.parse_args()
+    if unknown := set(told.names) - set(names):
+        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(names)}")
+    if told.list:
+        say("\n".join(names))
+        return
+    told.out.mkdir(parents=True, exist_ok=True)
+    texts, results = [machine(), ""], []
+    say(machine())
+    with tempfile.TemporaryDirectory(prefix="raytune-bench-") as scratch:
+        for wanted in COMPARISONS:
+            if told.names and wanted.name not in told.names:
+                continue
+            measured = compare(wanted, Path(scratch), told.data, told.times)
+            title = f"{wanted.name}: {measured['documents']}, {measured['tokens']:,} tokens"
+            rows, notes = rows_of(measured), []
+            if share := share_of_limit(measured):
+                notes.append(share)
+            notes += [f"{name}: {why}" for name, why in measured["absent"].items()]
+            table(title, HEAD, rows)
+            for note in notes:
+                say(note)
+            texts.append(markdown(title, rows, notes))
+            sides = {name: asdict(passes) for name, passes in measured["sides"].items()}
+            results.append({**measured, "sides": sides})
+            (told.out / "bench.md").write_text("\n".join(texts), encoding="utf-8")
+            stamp = {"machine": machine(), "torch": torch.__config__.show(), "results": results}
+            (told.out / "bench.json").write_text(json.dumps(stamp, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

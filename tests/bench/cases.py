@@ -1,0 +1,110 @@
+"""What is measured beside what."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from tests.bench.peers.case import MLA_TARGETS, TARGETS
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A side.
+
+    Attributes:
+        name: in the tables.
+        module: of tests.bench.peers.
+        options: that its module is told.
+        needs: the package that it is made of, where that is not ours to have.
+    """
+
+    name: str
+    module: str
+    options: dict[str, Any]
+    needs: str | None = None
+
+    @property
+    def python(self) -> str | None:
+        """The interpreter it runs on; None where it can't run. Some want an environment of their own."""
+        if self.needs is None:
+            return sys.executable
+        own = os.environ.get(f"{self.needs.upper()}_PYTHON")
+        return own or (sys.executable if importlib.util.find_spec(self.needs) else None)
+
+
+def _trl(name: str, batch: int, **arguments: Any) -> Peer:
+    return Peer(name, "trlsft", {"batch": batch, "arguments": arguments}, needs="trl")
+
+
+def _llamafactory(name: str, **arguments: Any) -> Peer:
+    return Peer(name, "llamafactory", {"arguments": arguments}, needs="llamafactory")
+
+
+OURS = Peer("raytune_ds", "ours", {})
+MATMULS = Peer("its matrix products alone", "matmuls", {})
+RECIPE = (
+    Peer("transformers.Trainer, batch 4", "recipe", {"batch": 4}),
+    Peer("transformers.Trainer, batch 8", "recipe", {"batch": 8}),
+)
+TRL_BEST = (
+    _trl("TRL, no checkpointing", 8, gradient_checkpointing=False),
+    _trl(
+        "TRL, alike lengths together",
+        8,
+        gradient_checkpointing=False,
+        train_sampling_strategy="group_by_length",
+    ),
+    _trl("TRL, packing", 1, gradient_checkpointing=False, packing=True, max_length=1024),
+    _trl("TRL, padding_free", 8, gradient_checkpointing=False, padding_free=True),
+)
+TRL = (_trl("TRL, defaults", 8), *TRL_BEST)
+LLAMAFACTORY = (
+    _llamafactory("LLaMA-Factory, batch 8", per_device_train_batch_size=8),
+    _llamafactory("LLaMA-Factory, neat_packing", per_device_train_batch_size=1, neat_packing=True),
+)
+ALL = (OURS, MATMULS, *RECIPE, *TRL, *LLAMAFACTORY)
+FEW = (OURS, MATMULS, RECIPE[0], RECIPE[1], *TRL_BEST[1:3])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One table.
+
+    Attributes:
+        shape: a key of tests.bench.shapes.
+        data: a key of tests.bench.corpus.QUANTILES.
+        documents: how many a pass is made of.
+        lora: the modules that get an adapter; None trains all parameters.
+        peers: the sides; ours comes first.
+    """
+
+    shape: str
+    data: str
+    documents: int
+    lora: list[str] | None
+    peers: tuple[Peer, ...]
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        """As people ask for it."""
+        kind = "full" if self.lora is None else "lora"
+        return "-".join([self.shape, self.data, kind, *([] if self.dtype == "float32" else [self.dtype])])
+
+
+COMPARISONS = (
+    Comparison("qwen2", "alpaca", 64, TARGETS, ALL),
+    Comparison("qwen2", "alpaca", 64, None, FEW),
+    Comparison("qwen2", "glaive", 32, TARGETS, FEW),
+    Comparison("qwen2", "glaive", 32, None, FEW),
+    Comparison("llama-129k", "alpaca", 32, TARGETS, FEW),
+    Comparison("llama-129k", "glaive", 16, TARGETS, FEW),
+    Comparison("deepseek-v3", "alpaca", 32, MLA_TARGETS, FEW),
+    Comparison("qwen2", "long", 4, TARGETS, FEW),
+    Comparison("qwen2-wide", "alpaca", 32, TARGETS, (OURS, MATMULS, RECIPE[0])),
+    Comparison("qwen2-wide", "alpaca", 32, None, (OURS, MATMULS, RECIPE[0])),
+)
