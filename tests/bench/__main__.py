@@ -54,7 +54,6 @@ def packed(model_dir: Path, documents: Sequence[Encoded]) -> Step:
         seed=0,
         dtype=torch.float32,
         trained_dtype=torch.float32,
-        checkpoint_activations=False,
     )
     lengths = np.array([len(d.ids) - 1 for d in documents])
     packs = [_pack([documents[i] for i in members]) for members in first_fit_decreasing(lengths, SEQ_LEN)]

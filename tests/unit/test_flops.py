@@ -40,7 +40,7 @@ def test_as_many_as_torch_counts(
     """Exactly; but with frozen weights nothing flows back into the first layer's projections, which is not seen."""
     folder = tiny_models[architecture]
     adapter = AdapterConfig(kind=kind, dropout=0.0)
-    flops = Flops.of(build(ModelConfig(name=str(folder)), adapter, 0, FLOAT, FLOAT, False))
+    flops = Flops.of(build(ModelConfig(name=str(folder)), adapter, 0, FLOAT, FLOAT))
     ours = (flops.per_token + flops.per_target) * TOKENS  # the whole text is trained on
     assert ours == pytest.approx(counted(folder, adapter), rel=tolerance)
 

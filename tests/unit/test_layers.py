@@ -31,13 +31,13 @@ ROOMS = """
     world rundir watch downtime stacks
     model.tiny model.attention model.crossentropy model.packed model.weights model.lowbits model.quantize model.load
     model.anatomy model.targets model.adapters model.allocation model.initial model.adapterreport model.build model.flops
-    schedule guard bysource
+    model.footprint schedule guard bysource
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
     engines.ds.stage engines.ds.autos engines.ds.config
     engines.choose engines.fill engines engines.adamw engines.eightbit engines.ddp engines.fsdp engines.zero
     checkpoint before saver tracking modelcard modelfiles wrapped merge combine logits tuned gguf push
-    export loop assignment hooks worker
+    export loop assignment memory hooks worker
     sampling decode generate prompts terminal
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
     doctor.cluster doctor.report stopping settle check
