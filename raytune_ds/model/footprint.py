@@ -145,7 +145,7 @@ def _run(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 def _chosen(blocks: Sequence[nn.Module]) -> tuple[list[nn.Module], Counter[Any]]:
     """The layers that are run, the first and the last of each kind, and of each kind how many are not."""
-    first, last = {}, {}
+    first, last = dict[Any, int](), dict[Any, int]()
     for number, block in enumerate(blocks):
         kind = _kind(block)
         first.setdefault(kind, number)

@@ -74,11 +74,12 @@ def test_it_happens_as_it_was_foreseen(
 ) -> None:
     plan, real = (built(deep[architecture], dtype, **adapter) for _ in range(2))
     fill(real.module, real.read, World.alone())
-    for depth, most in (("none", 1.03), ("every-2", 1.4), ("full", 1.03)):
+    for depth, most in (("none", 1.03), ("every-2", 1.4), ("full", 1.1)):
         for each in (plan, real):
             each.recompute(depth)
         foretold, found = foreseen(plan, TOKENS), happened(real, [TOKENS])
-        assert found.kept * 0.98 <= foretold.kept <= found.kept * 1.03
+        # Autocast's copies of weights, small beside activations in earnest, count as kept, and go after the forward pass.
+        assert found.kept * 0.98 <= foretold.kept <= found.kept * (1.001 if dtype == FLOAT else 1.3)
         # Where some layers recompute, what one of them makes may count on top of what is kept then.
         assert found.peak * 0.98 <= foretold.peak <= found.peak * most
 
@@ -97,7 +98,9 @@ def test_it_grows_linearly_with_tokens(deep: dict[str, Path]) -> None:
         made.recompute(depth)
         a, b, c = (foreseen(made, n * 300) for n in (1, 2, 3))
         assert c.kept - b.kept == pytest.approx(b.kept - a.kept, rel=1e-3)
-        assert c.peak - b.peak == pytest.approx(b.peak - a.peak, rel=1e-3)
+        # What happens to make the peak may change, so it may bend, but upwards alone.
+        assert c.peak - b.peak == pytest.approx(b.peak - a.peak, rel=0.05)
+        assert c.peak - b.peak >= b.peak - a.peak
 
 
 def test_an_engine_that_casts_parameters_computes_in_less(deep: dict[str, Path]) -> None:
