@@ -58,7 +58,7 @@ def foreseen(built: Built, tokens: int, autocast: bool = True) -> Pass:
     with ExitStack() as stack:
         stack.enter_context(_only(built, run))
         stack.enter_context(_without_values(built.module, mode, cast))
-        batch = _fake(_one_document(tokens), mode)
+        batch = _fake(one_document(tokens), mode)
         for block in run:
             hook = block.register_forward_hook(lambda *_: exits.append(live.now))
             stack.callback(hook.remove)
@@ -203,8 +203,8 @@ def _stand_in(tensor: torch.Tensor, cast: torch.dtype | None) -> torch.Tensor:
     return fake
 
 
-def _one_document(tokens: int) -> Batch:
-    """Attention keeps as much of one long document as of many short ones."""
+def one_document(tokens: int) -> Batch:
+    """A batch that is trained on whole. Attention keeps as much of one long document as of many short ones."""
     row = np.zeros(tokens, np.int64)
     each = {"lengths": np.array([tokens]), "docs": np.zeros(1, np.int64)}
     return collate([{"ids": row, "targets": row, "weights": np.ones(tokens), **each}])
