@@ -1,5 +1,5 @@
-"""How well a run keeps what it promises to take of the memory: foreseen, counted tensor by tensor, and as the system sees
-the process; for a model of a hundred million parameters, and each depth of activation checkpointing.
+"""How well a run keeps what it promises to take of the memory: foreseen, counted tensor by tensor, and as the system
+sees the process; for a model of a hundred million parameters, and each depth of activation checkpointing.
 
     python -m tests.bench.memory [TOKENS]
 """
