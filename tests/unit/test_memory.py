@@ -90,6 +90,14 @@ def test_nobody_computes_more_than_a_share() -> None:
     assert decided(10_000, share=3) == ("none", 3)
     assert decided(10_000, share=3, asked=8) == ("none", 3)
     assert decided(1300, share=1) == ("none", 1)
+    measured = set[int]()
+
+    def watched(depth: str, packs: int) -> int:
+        measured.add(packs)
+        return needs(depth, packs)
+
+    decided(10_000, share=3, needs=watched)
+    assert measured == {3}
 
 
 def test_what_bends_upwards_is_never_overestimated_in_packs() -> None:
