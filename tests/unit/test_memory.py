@@ -14,9 +14,10 @@ import torch
 from raytune_ds import memory
 from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.config import Config, EngineConfig, ModelConfig
+from raytune_ds.console import human_bytes
 from raytune_ds.engines.choose import Choice, Sizes
 from raytune_ds.errors import UserError
-from raytune_ds.memory import DEPTHS, GIB, Cut, Situation, decide, evenly, fitted, held_bytes, looked_after
+from raytune_ds.memory import DEPTHS, Cut, Situation, decide, evenly, fitted, held_bytes, looked_after
 from raytune_ds.model.build import Built, build
 from raytune_ds.model.footprint import foreseen, gathered
 from raytune_ds.rundir import RunDir
@@ -24,6 +25,8 @@ from raytune_ds.world import World
 from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+GIB = 1 << 30
 
 # ---- the decision ----------------------------------------------------------------------------------
 
@@ -169,10 +172,10 @@ def test_a_cpu_with_room_keeps_all_activations_and_is_busy(
     assert (cut.depth, cut.micro_batch) == ("none", 4)
     assert cut.needed == (10 << 20) + (1 << 20) * 28 + foreseen(made.built, 4 * 2048).peak
     (note,) = told(made)
-    needed = f"{(cut.needed or 0) / GIB:.1f}"
+    needed = human_bytes(cut.needed or 0)
     assert note == (
         "note",
-        f"micro_batch 4 (8,192 tokens), no activation checkpointing: about {needed} of 100.0 GiB",
+        f"micro_batch 4 (8,192 tokens), no activation checkpointing: about {needed} of 100 GiB",
     )
 
 
@@ -267,7 +270,7 @@ def test_what_cannot_be_foreseen_is_computed_as_a_rule_of_thumb_says(
         assert (cut.depth, cut.micro_batch, cut.needed) == (*expected, None)
         ((_, why), (_, what)) = told(made)
         assert why.endswith("can't be foreseen for this model: looks at values")
-        assert "GiB" not in what
+        assert "about" not in what
 
 
 def test_a_model_that_cannot_recompute_keeps_all(tiny_models: dict[str, Path], tmp_path: Path) -> None:
@@ -314,9 +317,7 @@ def test_a_promise_that_is_not_kept_is_noted_once(monkeypatch: pytest.MonkeyPatc
     log = looked_after(cut, torch.device("cuda", 0), rows.append, said.append)
     for row in ({"eval_loss": 1.0}, {"loss": 1.0}, {"loss": 2.0}):
         log(row)
-    assert said == [
-        "the first step took 4.0 GiB of the GPU's memory, more than the 3.0 GiB that were foreseen"
-    ]
+    assert said == ["the first step took 4 GiB of the GPU's memory, more than the 3 GiB that were foreseen"]
     assert len(rows) == 3
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * GIB)
     looked_after(cut, torch.device("cuda", 0), rows.append, said.append)({"loss": 1.0})
