@@ -29,7 +29,8 @@ from raytune_ds.model.footprint import foreseen, gathered
 from raytune_ds.world import World
 
 # A forward pass on a CPU or a GPU is busy enough with this many tokens. More gain nothing on a CPU: with LoRA on a tiny
-# Qwen2, 1,024 and 2,048 tokens at once even took a fifth less of its time than 4,096 and 8,192. On a GPU more may still hide the time that it takes to launch work.
+# Qwen2, 1,024 and 2,048 tokens at once even took a fifth less of its time than 4,096 and 8,192. On a GPU more may still
+# hide the time that it takes to launch work.
 AUTO_MICRO_BATCH_TOKENS = 8192
 # What is not foreseen takes the rest: on a GPU the CUDA context, the buffers of cuBLAS and NCCL (together about 1 GiB)
 # and gaps between the allocator's blocks; on a CPU what malloc keeps for later.

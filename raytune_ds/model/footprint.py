@@ -136,10 +136,13 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def _run(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    if function is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
+    is_fake = bool(args) and isinstance(args[0], FakeTensor)
+    if is_fake and function is torch.ops.aten._grouped_mm.default:
         # Real tensors may be float32, but the shape of a result is known for bfloat16 only.
         first, second, *others = args
         return function(first.bfloat16(), second.bfloat16(), *others, **kwargs).to(first.dtype)
+    if is_fake and function is torch.ops.aten.allclose.default:
+        return True  # a trained head's losses are multiplied by what it expects (model/crossentropy)
     return function(*args, **kwargs)
 
 

@@ -11,7 +11,7 @@ import torch
 from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.config import ModelConfig
 from raytune_ds.engines.fill import fill
-from raytune_ds.model import packed, tiny
+from raytune_ds.model import crossentropy, tiny
 from raytune_ds.model.build import Built, build
 from raytune_ds.model.footprint import LiveBytes, Pass, foreseen
 from raytune_ds.world import World
@@ -28,7 +28,7 @@ TOKENS = 400
 @pytest.fixture(autouse=True)
 def chunks_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several of them, without the tokens of a real one."""
-    monkeypatch.setattr(packed, "LOGITS_CHUNK", 150)
+    monkeypatch.setattr(crossentropy, "LOGITS_CHUNK", 150)
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,8 @@ ROOMS = """
     data.prepare data.show data.sample data.spelled data.page
     world rundir watch downtime stacks
     model.tiny model.attention model.crossentropy model.packed model.weights model.lowbits model.quantize model.load
-    model.anatomy model.targets model.adapters model.allocation model.initial model.adapterreport model.build model.flops
-    model.footprint schedule guard bysource
+    model.anatomy model.targets model.adapters model.allocation model.initial model.adapterreport model.build
+    model.flops model.footprint schedule guard bysource
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
     engines.ds.stage engines.ds.autos engines.ds.config
