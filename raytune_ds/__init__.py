@@ -34,7 +34,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
                                        of (anatomy) and which of it is adapted (targets); adapters, what they begin with
                                        (initial), and those of bare parameters on the tokens (lowrank, grouped); frozen
                                        weights as bytes (lowbits, quantize); build: the module that is trained, without
-                                       weights yet
+                                       weights yet; footprint: what a pass takes of memory
     objectives/, engines/              a batch to a loss sum; gradients to an update, and who holds which part
     checkpoint, saver                  checkpoints, of no engine and no world size; taking them while training goes on
     before                             the model that a run began with, whole and at its commit
@@ -44,7 +44,8 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     logits, tuned, gguf, push          a merged model beside its adapter; what llama.cpp wants; to the hub
     bysource                           losses of each source
     guard, loop                        steps that go wrong; the training loop
-    assignment, hooks, worker          what a worker is told; what its loop sets off; one worker, start to end (no Ray)
+    assignment, memory, hooks, worker  what a worker is told; how much it computes at once; what its loop sets off; one
+                                       worker, start to end (no Ray)
     sampling, decode, generate         how tokens are chosen; a batch, token by token; answers of a finished run
     prompts, terminal                  files of prompts and answers; answers as a person sees them
     network, nodes (R), doctor/        the interface between nodes; a function on each of them; what is wrong

@@ -56,6 +56,10 @@ class Base:
     quantized: int = 0
     quantized_bytes: int = 0
 
+    def frozen_bytes(self, each: int) -> int:
+        """What is not trained takes, where a parameter that is not quantized takes `each` bytes."""
+        return (self.total - self.trainable - self.quantized) * each + self.quantized_bytes
+
 
 @dataclass(frozen=True)
 class Assignment:

@@ -339,8 +339,9 @@ class TrainConfig(Section):
     )
     micro_batch: Count | Literal["auto"] = Field(
         default="auto",
-        description="Packs one worker computes at once; accumulation makes up the rest of "
-        "train.global_batch. auto: about 8192 tokens, enough to keep the hardware busy.",
+        description="Packs one worker computes at once; accumulation makes up the rest of train.global_batch. auto: as "
+        "many as fit into a GPU's memory by an estimate that is made before training; on CPUs about 2048 tokens, which "
+        "keep them busy. A restart with the same workers keeps what was chosen.",
     )
     learning_rate: float = Field(
         default=2.0e-4,
@@ -423,10 +424,11 @@ class TrainConfig(Section):
         description="What to do after train.max_skipped_steps. stop: end the run and name steps and rows, for somebody "
         "should look at them; rewind: go back to the last checkpoint before them and train on without their batches.",
     )
-    activation_checkpointing: Literal["auto", "none", "full"] = Field(
+    activation_checkpointing: str = Field(
         default="auto",
-        description="Recompute activations in the backward pass: less memory, about a third more time. "
-        "auto: full on GPUs, where memory is short, none on CPUs.",
+        description="Layers that recompute their activations in the backward pass instead of keeping them: none; full: "
+        "all, which takes a third more time; every-N (every-2, every-3 ...): each N-th. auto: as few as let about 8192 "
+        "tokens (on CPUs 2048) into the memory of a worker, by an estimate that is made before training.",
     )
     eval_steps: Count | None = Field(
         default=None,
@@ -459,6 +461,13 @@ class TrainConfig(Section):
         if profile is not None and profile[0] > profile[1]:
             raise ValueError(f"runs from {profile[0]} to {profile[1]}; write the first step first")
         return profile
+
+    @field_validator("activation_checkpointing")
+    @classmethod
+    def _checkpointing_is_a_depth(cls, depth: str) -> str:
+        if not re.fullmatch(r"auto|none|full|every-([2-9]|[1-9]\d+)", depth):
+            raise ValueError("must be auto, none, full or every-N with an N from 2 on, such as every-2")
+        return depth
 
     @field_validator("optim", mode="before")
     @classmethod

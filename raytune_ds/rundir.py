@@ -8,6 +8,7 @@ initial/         what the adapter began with, where that was not drawn
 final/           the adapter, or the model
 result.json      how it ended
 evaluation.json  how good it is, once it was evaluated; evaluation/answers.jsonl has the answers
+memory.json      how much is computed at once, and what it was decided for
 ds_config.json   what DeepSpeed was really given, where it was the engine
 driver.json      who runs it, while it runs
 hangs/           the stacks of workers that stopped answering
@@ -107,6 +108,11 @@ class RunDir:
     def ds_config(self) -> str:
         """What DeepSpeed was really given."""
         return f"{self.path}/ds_config.json"
+
+    @property
+    def memory(self) -> str:
+        """How much is computed at once, and what it was decided for."""
+        return f"{self.path}/memory.json"
 
     @property
     def hangs(self) -> str:

@@ -9,7 +9,7 @@ import copy
 import platform
 import resource
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,18 +20,18 @@ from raytune_ds import allocator, checkpoint, engines, storage
 from raytune_ds.assignment import Assignment, require_same_run
 from raytune_ds.bysource import Sources
 from raytune_ds.checkpoint import Manifest, Reader
-from raytune_ds.config import Config
 from raytune_ds.data.batch import Batch, read
 from raytune_ds.data.chat import as_trained
 from raytune_ds.data.order import Order
 from raytune_ds.data.share import Share
 from raytune_ds.data.store import Store
 from raytune_ds.data.tokenizer import load_tokenizer
-from raytune_ds.engines.choose import Choice, choose
+from raytune_ds.engines.choose import Choice, Sizes, choose
 from raytune_ds.errors import UserError
 from raytune_ds.export import Final, describe, save_final
 from raytune_ds.hooks import Orders, Report, hooks_of
 from raytune_ds.loop import Progress, train
+from raytune_ds.memory import Cut, Situation, busy_packs, fitted, looked_after
 from raytune_ds.model import initial
 from raytune_ds.model.build import Built, build
 from raytune_ds.model.flops import Flops, Utilisation, peak_flops
@@ -52,8 +52,6 @@ T = TypeVar("T")
 OpenStream = Callable[[Store, Share, range], Iterator[list[Batch]]]
 """How the batches of some steps come to this worker."""
 
-# A forward pass on the CPU or a GPU is busy enough with this many tokens; more only takes memory.
-AUTO_MICRO_BATCH_TOKENS = 8192
 EVAL_BATCH = 16
 
 
@@ -104,7 +102,8 @@ def _run(
     if world.device.type == "cpu":
         allocator.keep_freed_memory()
     dtype = _common_dtype(assignment, world)
-    choice = _choose(assignment, world, dtype)
+    sizes, memory = _sizes(assignment, world, dtype), world.least_memory()
+    choice = choose(config.engine, sizes, memory, world.size, config.adapter.kind)
     report("note", {"text": f"engine: {choice.kind} ({choice.why})"})
     given, say = assignment.ds_config, partial(_note, report)
     world.together(
@@ -113,9 +112,10 @@ def _run(
     found = _where_to_start(assignment, world, report)
     begun = _initial(assignment, world, dtype, report)
     built = world.together(lambda: _build(assignment, world, choice, dtype, begun))
+    cut = fitted(Situation(assignment, world, choice, sizes, memory, built, report))
     flops = Flops.of(built)
     tracking = world.together(lambda: _open_tracking(assignment, world, found, report))
-    engine = engines.build(choice.kind, _task(assignment, world, choice, built, report))
+    engine = engines.build(choice.kind, _task(assignment, world, choice, built, cut, report))
     saver = _saver(assignment, world, engine, built, report, orders.pulse.lives)
     progress = Progress()
     if found is not None:
@@ -138,7 +138,8 @@ def _run(
     utilisation = Utilisation(flops, _peak_flops(world))
     profile = _profile(assignment, world, report, orders)
     if progress.step < plan.total_steps:
-        share = _share(assignment, world)
+        share = _share(assignment, world, cut.micro_batch)
+        hooks = hooks_of(assignment, world, engine, saver, tracking, report, orders, utilisation, profile)
         try:
             train(
                 config=config,
@@ -147,10 +148,8 @@ def _run(
                 engine=engine,
                 objective=OBJECTIVES[config.objective.kind],
                 batches=lambda step: open_stream(assignment.store, share, range(step, plan.total_steps)),
-                eval_batches=_eval_batches(assignment, world),
-                hooks=hooks_of(
-                    assignment, world, engine, saver, tracking, report, orders, utilisation, profile
-                ),
+                eval_batches=_eval_batches(assignment, world, cut.micro_batch),
+                hooks=replace(hooks, log=looked_after(cut, world.device, hooks.log, say)),
                 progress=progress,
                 sources=Sources.of(assignment.store),
             )
@@ -194,21 +193,9 @@ def _common_dtype(assignment: Assignment, world: World) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def _choose(assignment: Assignment, world: World, dtype: torch.dtype) -> Choice:
-    base = assignment.base
-    return choose(
-        assignment.config.engine,
-        total=base.total,
-        trainable=base.trainable,
-        frozen_bytes=dtype.itemsize,
-        memory=world.least_memory(),
-        world_size=world.size,
-        gpu=world.device.type == "cuda",
-        quantized=base.quantized,
-        quantized_bytes=base.quantized_bytes,
-        optim=assignment.config.train.optim,
-        adapter=assignment.config.adapter.kind,
-    )
+def _sizes(assignment: Assignment, world: World, dtype: torch.dtype) -> Sizes:
+    base, optim = assignment.base, assignment.config.train.optim
+    return Sizes(base.frozen_bytes(dtype.itemsize), base.trainable, optim, world.device.type == "cuda")
 
 
 def _initial(assignment: Assignment, world: World, dtype: torch.dtype, report: Report) -> Initial | None:
@@ -225,7 +212,7 @@ def _initial(assignment: Assignment, world: World, dtype: torch.dtype, report: R
         if not world.is_main or initial.is_made_for(folder, assignment.beginning):
             return
         report("note", {"text": f"making what the adapter begins with, kept in {folder}"})
-        share = _share(assignment, world)
+        share = _share(assignment, world, busy_packs(assignment.store.manifest.seq_len, world.device))
         batches = read(assignment.store, "train", share, range(share.order.steps_per_epoch))
         begun = initial.make(
             assignment.model,
@@ -257,7 +244,6 @@ def _build(
         seed=config.run.seed,
         dtype=dtype,
         trained_dtype=engines.trained_dtype(choice.kind, dtype),
-        checkpoint_activations=_checkpoints_activations(config, world),
         autocast=engines.wants_autocast(choice.kind),
         revision=base.revision,
         initial=begun,
@@ -272,8 +258,11 @@ def _fingerprint_here(folder: str) -> str | None:
         return None
 
 
-def _task(assignment: Assignment, world: World, choice: Choice, built: Built, report: Report) -> engines.Task:
-    train, share, plan = assignment.config.train, _share(assignment, world), assignment.plan
+def _task(
+    assignment: Assignment, world: World, choice: Choice, built: Built, cut: Cut, report: Report
+) -> engines.Task:
+    train, plan = assignment.config.train, assignment.plan
+    share = _share(assignment, world, cut.micro_batch)
 
     def record(values: dict[str, Any]) -> None:
         if world.is_main:
@@ -292,11 +281,6 @@ def _task(assignment: Assignment, world: World, choice: Choice, built: Built, re
         say=partial(_note, report),
         record=record,
     )
-
-
-def _checkpoints_activations(config: Config, world: World) -> bool:
-    wanted = config.train.activation_checkpointing
-    return wanted == "full" or (wanted == "auto" and world.device.type == "cuda")
 
 
 # ------------------------------------------------------------------------------------- where it stands
@@ -360,22 +344,21 @@ def _open_tracking(
     )
 
 
-def _share(assignment: Assignment, world: World, order: Order | None = None) -> Share:
+def _share(assignment: Assignment, world: World, micro_batch: int, order: Order | None = None) -> Share:
     """The rank's part of the training data, or of that of another order."""
     order = order or assignment.plan.order
-    wanted = assignment.config.train.micro_batch
-    seq_len = assignment.store.manifest.seq_len
-    micro_batch = max(1, AUTO_MICRO_BATCH_TOKENS // seq_len) if wanted == "auto" else wanted
     largest_share = len(order.slots(0, world.size))
     return Share(order, world.rank, world.size, min(micro_batch, largest_share))
 
 
-def _eval_batches(assignment: Assignment, world: World) -> Callable[[], Iterator[list[Batch]]] | None:
+def _eval_batches(
+    assignment: Assignment, world: World, micro_batch: int
+) -> Callable[[], Iterator[list[Batch]]] | None:
     store = assignment.store
     if store.manifest.eval.num_packs == 0:
         return None
     order = store.order("eval", EVAL_BATCH, seed=None)
-    share = _share(assignment, world, order)
+    share = _share(assignment, world, micro_batch, order)
     return lambda: read(store, "eval", share, range(order.steps_per_epoch))
 
 

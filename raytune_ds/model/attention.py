@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def segment_sdpa(
     scale: float | None,
 ) -> torch.Tensor:
     """One causal `scaled_dot_product_attention` a document; any device and dtype. Returns [B, H, T, D]."""
-    lengths = segments.diff().tolist()
+    lengths = [stop - start for start, stop in pairwise(segments.tolist())]
     # split and not slices: the backward pass of each slice would write a gradient as long as the whole row.
     documents = zip(*(x.split(lengths, dim=2) for x in (q_BHTD, k_BGTD, v_BGTD)), strict=True)
     grouped = q_BHTD.shape[1] != k_BGTD.shape[1]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.config import ModelConfig
+from raytune_ds.errors import UserError
 from raytune_ds.model import adapters, lowrank, quantize
 from raytune_ds.model.allocation import RankAllocation, allocation_of
 from raytune_ds.model.initial import Initial, adapted
@@ -50,6 +51,35 @@ class Built:
         """Elements that are trained."""
         return sum(shape.numel() for shape in self.trained.values())
 
+    @property
+    def can_recompute(self) -> bool:
+        """Whether the model's code can make activations anew."""
+        return bool(self.base.supports_gradient_checkpointing)
+
+    def recompute(self, depth: str) -> None:
+        """Makes activations anew in the backward pass instead of keeping them.
+
+        Args:
+            depth: none; full: in every layer; every-n: in each n-th layer, the first among them.
+
+        Raises:
+            UserError: the model's code can't.
+        """
+        if depth == "none":
+            self.base.activation_checkpointing_disable()
+            return
+        if not self.can_recompute:
+            raise UserError(
+                f"train.activation_checkpointing = {depth}: this model's code can't recompute activations; set none."
+            )
+        # ZeRO-3 frees parameters once they are used, which torch's check takes for a recomputation that differs.
+        self.base.activation_checkpointing_enable(
+            {"use_reentrant": False, "determinism_check": "none"},
+            every_n_layers=1 if depth == "full" else int(depth.removeprefix("every-")),
+        )
+        # Only the reentrant kind needs a gradient of the embeddings, and that is work for the first layer.
+        self.base.disable_input_require_grads()
+
 
 def build(
     config: ModelConfig,
@@ -57,7 +87,7 @@ def build(
     seed: int,
     dtype: torch.dtype,
     trained_dtype: torch.dtype,
-    checkpoint_activations: bool,
+    *,
     autocast: bool = True,
     revision: str | None = None,
     initial: Initial | None = None,
@@ -71,7 +101,6 @@ def build(
         seed: of the adapter's initial weights, the same in every process.
         dtype: what is computed in, and what frozen parameters are held in.
         trained_dtype: what trained parameters are held in.
-        checkpoint_activations: recompute activations in the backward pass instead of keeping them.
         autocast: parameters are computed with in `dtype` whatever they are held in.
         revision: the commit of a model of the hub.
         initial: what the adapter begins with, where that is not drawn.
@@ -87,11 +116,6 @@ def build(
     hold_in(base, dtype)
     decoder, _ = parts(base)
     names = {id(parameter): name for name, parameter in base.named_parameters()}
-    if checkpoint_activations:
-        # ZeRO-3 frees parameters once they are used, which torch's check takes for a recomputation that differs.
-        base.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, "determinism_check": "none"}
-        )
     torch.manual_seed(seed)
     packings = quantize.packings(base, config.quantization).values()
     ready = adapted(base, adapter, trained_dtype, initial)

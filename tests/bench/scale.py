@@ -119,7 +119,7 @@ def _process(rank: int, name: str, port: int, folder: Path, scratch: str) -> Non
     watch = Watch()
     with watch.phase("load"):
         dtype = torch.float32
-        built = build(ModelConfig(name=str(folder)), AdapterConfig(kind="none"), 0, dtype, dtype, False)
+        built = build(ModelConfig(name=str(folder)), AdapterConfig(kind="none"), 0, dtype, dtype)
         train = TrainConfig(global_batch=WORLD, max_grad_norm=1.0)
         engine = engines.build(config.kind, engines.Task(built, train, config, world, 1, 1, STEPS, 0))
     steps = iter(range(10**6))

@@ -18,6 +18,7 @@ from raytune_ds.engines.fill import fill
 from raytune_ds.errors import UserError
 from raytune_ds.model.adapterreport import report
 from raytune_ds.model.build import Built, build
+from raytune_ds.model.footprint import LiveBytes
 from raytune_ds.model.load import packed_attention, skeleton
 from raytune_ds.model.targets import choose
 from raytune_ds.world import World
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def built(folder: Path, dtype: torch.dtype = HALF, trained: torch.dtype = FLOAT, **adapter: Any) -> Built:
     config = AdapterConfig(**{"r": 4, "alpha": 8.0, **adapter})
-    return build(ModelConfig(name=str(folder)), config, SEED, dtype, trained, checkpoint_activations=False)
+    return build(ModelConfig(name=str(folder)), config, SEED, dtype, trained)
 
 
 def parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -97,11 +98,63 @@ def test_blocks_are_the_layers_of_the_transformer(
     assert set(made.blocks) <= set(made.module.modules())
 
 
-def test_activations_are_recomputed_on_demand(folders: dict[str, Path]) -> None:
-    for checkpoints in (False, True):
-        config = ModelConfig(name=str(folders["llama"]))
-        made = build(config, AdapterConfig(), 0, FLOAT, FLOAT, checkpoints)
-        assert made.base.is_gradient_checkpointing == checkpoints
+# ---- activations that are recomputed ---------------------------------------------------------------
+
+DEPTHS = {"none": "----", "full": "xxxx", "every-2": "x-x-", "every-3": "x--x", "every-9": "x---"}
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_so_many_layers_recompute(folders: dict[str, Path], depth: str) -> None:
+    made = built(folders["llama"])
+    for before in DEPTHS:  # whatever it was
+        made.recompute(before)
+        made.recompute(depth)
+        assert "".join("-x"[block.gradient_checkpointing] for block in made.blocks) == DEPTHS[depth]
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "deepseek-v3"])
+@pytest.mark.parametrize("adapter", [{"kind": "lora", "dropout": 0.3}, {"kind": "none"}])
+@pytest.mark.parametrize("dtype", [FLOAT, HALF])
+def test_recomputing_changes_no_bit_and_keeps_less(
+    folders: dict[str, Path], architecture: str, adapter: dict[str, Any], dtype: torch.dtype
+) -> None:
+    made = built(folders[architecture], dtype, **adapter)
+    fill(made.module, made.read, World.alone())
+    trained = [p for p in made.module.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for number, parameter in enumerate(trained):  # B begins with zeros, and A would have no gradient
+            parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+
+    def run(depth: str) -> tuple[list[torch.Tensor], int]:
+        made.recompute(depth)
+        torch.manual_seed(3)  # dropout
+        live = LiveBytes()
+        with live:
+            losses_N = made.module.train()(pack(documents()))
+            kept = live.now
+        return [
+            losses_N.detach(),
+            *torch.autograd.grad(losses_N.sum(), trained, materialize_grads=True),
+        ], kept
+
+    (expected, most), kept = run("none"), []
+    assert all(gradient.any() for gradient in expected)
+    for depth in ("every-4", "every-2", "full"):
+        found, bytes_kept = run(depth)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        kept.append(bytes_kept / most)
+    # Three of four layers, half of them and none keep what they make.
+    assert kept[0] > kept[1] > kept[2]
+    assert kept == pytest.approx([0.75 + kept[2] / 4, 0.5 + kept[2] / 2, kept[2]], abs=0.05)
+    assert kept[2] < 0.3
+
+
+def test_what_cannot_recompute_says_so(folders: dict[str, Path]) -> None:
+    made = built(folders["llama"])
+    made.base.supports_gradient_checkpointing = False
+    made.recompute("none")
+    with pytest.raises(UserError, match=r"train\.activation_checkpointing = every-2.*set none"):
+        made.recompute("every-2")
 
 
 # ---- values ---------------------------------------------------------------------------------------
@@ -150,7 +203,7 @@ def test_the_seed_decides_the_adapter_alone(folders: dict[str, Path]) -> None:
     made = []
     for state, seed in ((1, SEED), (2, SEED), (1, SEED + 1)):
         torch.manual_seed(state)  # whatever was drawn before
-        made.append(build(config, AdapterConfig(), seed, FLOAT, FLOAT, checkpoint_activations=False))
+        made.append(build(config, AdapterConfig(), seed, FLOAT, FLOAT))
     for name, parameter in made[0].module.named_parameters():
         first, again, other = (b.read(name, 0, parameter.numel()) for b in made)
         assert torch.equal(first, again)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from raytune_ds.config import EngineConfig
-from raytune_ds.engines.choose import BYTES_COPIED, BYTES_TRAINED, USABLE, Choice, choose
+from raytune_ds.engines.choose import USABLE, Choice, Sizes, choose, state_bytes
 
 GIB = 1 << 30
-LORA = {"total": 7_000_000_000, "trainable": 20_000_000, "frozen_bytes": 2}
-WHOLE = {"total": 7_000_000_000, "trainable": 7_000_000_000, "frozen_bytes": 2}
+LORA = Sizes(frozen=2 * 6_980_000_000, trainable=20_000_000)
+WHOLE = Sizes(frozen=0, trainable=7_000_000_000)
 
 
-def chosen(
-    size: dict[str, int], memory: float, world_size: int = 1, gpu: bool = True, **engine: Any
-) -> Choice:
-    return choose(EngineConfig(**engine), **size, memory=int(memory), world_size=world_size, gpu=gpu)
+def chosen(size: Sizes, memory: float, world_size: int = 1, gpu: bool = True, **engine: Any) -> Choice:
+    return choose(EngineConfig(**engine), replace(size, gpu=gpu), int(memory), world_size)
 
 
-def needed(size: dict[str, int], gpu: bool = True) -> int:
-    frozen = size["total"] - size["trainable"]
-    trained = BYTES_TRAINED if gpu else BYTES_TRAINED + BYTES_COPIED
-    return frozen * size["frozen_bytes"] + size["trainable"] * trained
+def needed(size: Sizes, gpu: bool = True) -> int:
+    # Parameter, gradient and two moments in float32; in host memory also a checkpoint's copy of all but the gradient.
+    return size.frozen + size.trainable * (16 if gpu else 28)
 
 
 # ---- what is asked for ----------------------------------------------------------------------------
@@ -68,7 +66,7 @@ def test_offloaded_parameters_ask_for_fsdp(world_size: int, gpu: bool) -> None:
 @pytest.mark.parametrize("size", [LORA, WHOLE])
 @pytest.mark.parametrize("world_size", [1, 4])
 @pytest.mark.parametrize("gpu", [False, True])
-def test_what_fits_into_each_worker_is_replicated(size: dict[str, int], world_size: int, gpu: bool) -> None:
+def test_what_fits_into_each_worker_is_replicated(size: Sizes, world_size: int, gpu: bool) -> None:
     limit = needed(size, gpu) / USABLE
     assert chosen(size, limit + 2, world_size, gpu).kind == "ddp"
     assert chosen(size, limit + 2, world_size, gpu).settings == EngineConfig()
@@ -78,7 +76,7 @@ def test_what_fits_into_each_worker_is_replicated(size: dict[str, int], world_si
 
 @pytest.mark.parametrize("size", [LORA, WHOLE])
 @pytest.mark.parametrize("gpu", [False, True])
-def test_what_fits_into_all_workers_together_is_shared(size: dict[str, int], gpu: bool) -> None:
+def test_what_fits_into_all_workers_together_is_shared(size: Sizes, gpu: bool) -> None:
     limit = needed(size, gpu) / USABLE
     for memory in (limit / 4 + 2, limit * 0.999):
         choice = chosen(size, memory, world_size=4, gpu=gpu)
@@ -103,7 +101,7 @@ def test_without_gpus_there_is_no_other_memory(world_size: int, kind: str) -> No
 def test_frozen_parameters_count_by_their_dtype() -> None:
     memory = 7e9 * 2 / USABLE * 1.1
     assert chosen(LORA, memory).kind == "ddp"
-    assert chosen(LORA | {"frozen_bytes": 4}, memory).kind == "fsdp"
+    assert chosen(replace(LORA, frozen=2 * LORA.frozen), memory).kind == "fsdp"
     assert chosen(WHOLE, memory).kind == "fsdp"
 
 
@@ -117,3 +115,36 @@ def test_the_figures_are_said(memory: int, world_size: int, gpu: bool) -> None:
     # 6.98e9 frozen at two bytes and 20e6 trained at sixteen; where there is no GPU twelve more for the copy.
     why, size = chosen(LORA, memory * GIB, world_size, gpu).why, "13.30" if gpu else "13.52"
     assert f"weights, gradients and optimizer state take {size} GiB, a worker has {memory}.00 GiB" in why
+
+
+# ---- what a worker holds ----------------------------------------------------------------------------
+
+SHARED = Sizes(frozen=1000, trainable=100, gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        ({"kind": "ddp"}, 1000 + 100 * (4 + 4 + 8)),
+        ({"kind": "fsdp"}, (1000 + 100 * (4 + 4 + 8)) // 4),
+        # DeepSpeed computes with two bytes, and has a float32 parameter beside each.
+        ({"kind": "zero", "stage": 1, "held": 2}, 1000 + 100 * (2 + 4) + 100 * (4 + 8) // 4),
+        ({"kind": "zero", "stage": 2, "held": 2}, 1000 + 100 * 2 + 100 * (4 + 4 + 8) // 4),
+        ({"kind": "zero", "stage": 3, "held": 2}, (1000 + 100 * (2 + 4 + 4 + 8)) // 4),
+        ({"kind": "zero", "stage": 2, "held": 2, "offload": "optimizer"}, 1000 + 100 * 2 + 100 * 4 // 4),
+        ({"kind": "zero", "stage": 3, "held": 2, "offload": "parameters"}, 0),
+        ({"kind": "fsdp", "offload": "parameters"}, 0),
+    ],
+)
+def test_what_an_engine_spreads_and_offloads(engine: dict[str, Any], expected: int) -> None:
+    assert state_bytes(SHARED, 4, **engine) == expected
+
+
+def test_nothing_is_offloaded_from_host_memory_to_host_memory() -> None:
+    here = replace(SHARED, gpu=False)
+    for offload in (None, "none", "parameters"):
+        assert state_bytes(here, 4, "fsdp", offload=offload) == (1000 + 100 * 16) // 4 + 100 * 12 // 4
+
+
+def test_moments_in_8_bits_take_a_quarter() -> None:
+    assert state_bytes(SHARED) - state_bytes(replace(SHARED, optim="adamw_8bit")) == 100 * (8 - 2)

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from raytune_ds import engines
+from raytune_ds.assignment import Base
 from raytune_ds.check import check
 from raytune_ds.compatible import ENGINES, OTHERS, RULES, conflicts, matrix
 from raytune_ds.compose import compose
 from raytune_ds.config import EngineConfig, TrainConfig
-from raytune_ds.engines.choose import BYTES_TRAINED_8BIT, USABLE, choose
+from raytune_ds.engines.choose import USABLE, Sizes, choose
 from raytune_ds.errors import UserError
 
 
@@ -113,7 +114,7 @@ def test_an_open_key_breaks_nothing() -> None:
 
 GIB = 1 << 30
 # A 7B model in NF4, with 1.1 billion parameters in embedding and head.
-SIZE: dict[str, Any] = {"total": 7_020_000_000, "trainable": 20_000_000, "frozen_bytes": 2}
+SIZE: dict[str, Any] = {"total": 7_020_000_000, "trainable": 20_000_000}
 IN_BITS = {"quantized": 5_900_000_000, "quantized_bytes": 3_050_000_000}
 
 
@@ -121,24 +122,24 @@ def test_quantised_parameters_count_by_their_bytes() -> None:
     needed = 1_100_000_000 * 2 + 3_050_000_000 + 20_000_000 * 16
     for factor, kind in ((1.01, "ddp"), (0.99, "fsdp")):
         memory = int(needed / USABLE * factor)
-        choice = choose(EngineConfig(), **SIZE, **IN_BITS, memory=memory, world_size=4, gpu=True)
+        frozen = Base("", None, **SIZE, **IN_BITS).frozen_bytes(2)
+        choice = choose(EngineConfig(), Sizes(frozen, 20_000_000, gpu=True), memory, world_size=4)
         assert choice.kind == kind
         assert f"take {needed / GIB:.2f} GiB" in choice.why
-    assert choose(EngineConfig(), **SIZE, memory=memory, world_size=4, gpu=True).kind == "fsdp"
+    plain = Sizes(Base("", None, **SIZE).frozen_bytes(2), 20_000_000, gpu=True)
+    assert choose(EngineConfig(), plain, memory, world_size=4).kind == "fsdp"
 
 
 def test_moments_in_8_bits_count_by_theirs() -> None:
-    whole: dict[str, Any] = {"total": 10**9, "trainable": 10**9, "frozen_bytes": 2}
-    memory = int(10**9 * BYTES_TRAINED_8BIT / USABLE * 1.01)
+    memory = int(10**9 * 10 / USABLE * 1.01)
     for optim, kind in (("adamw_8bit", "ddp"), ("adamw_torch", "fsdp")):
-        choice = choose(EngineConfig(), **whole, memory=memory, world_size=4, gpu=True, optim=optim)
+        choice = choose(EngineConfig(), Sizes(0, 10**9, optim, gpu=True), memory, world_size=4)
         assert choice.kind == kind
 
 
 def test_what_is_chosen_goes_with_the_optimizer() -> None:
-    whole: dict[str, Any] = {"total": 10**9, "trainable": 10**9, "frozen_bytes": 2}
     for optim, offload in (("adamw_8bit", "parameters"), ("paged_adamw_8bit", None)):
-        choice = choose(EngineConfig(), **whole, memory=GIB, world_size=1, gpu=True, optim=optim)
+        choice = choose(EngineConfig(), Sizes(0, 10**9, optim, gpu=True), GIB, world_size=1)
         assert choice.settings.offload == offload
         chosen = {"train.optim": optim, "engine.kind": choice.kind, "engine.offload": str(offload)}
         assert not [*conflicts(chosen)]
@@ -147,7 +148,7 @@ def test_what_is_chosen_goes_with_the_optimizer() -> None:
 def test_adalora_takes_one_engine() -> None:
     with pytest.raises(UserError, match="no worker has these"):
         compose([], ["adapter.kind=adalora", "engine.kind=fsdp"])
-    choice = choose(EngineConfig(), 10**12, 10, 4, 10**9, world_size=4, gpu=True, adapter="adalora")
+    choice = choose(EngineConfig(), Sizes(4 * 10**12, 10, gpu=True), 10**9, world_size=4, adapter="adalora")
     assert choice.kind == "ddp"
     assert "take engine.kind=ddp" in choice.why
 

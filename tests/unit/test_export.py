@@ -58,7 +58,7 @@ class Run:
 
     def draw(self) -> Tensors:
         """Values of what is trained, by its name in the base model or in peft's."""
-        made = build(ModelConfig(name=str(self.base)), self.adapter, 0, FLOAT, FLOAT, False)
+        made = build(ModelConfig(name=str(self.base)), self.adapter, 0, FLOAT, FLOAT)
         generator = torch.Generator().manual_seed(1)
         return {
             name.removeprefix("model."): 0.05 * torch.randn(shape, generator=generator) + (len(shape) == 1)

@@ -45,7 +45,7 @@ def test_as_many_as_torch_counts(
     """Exactly; but with frozen weights nothing flows back into the first layer's projections, which is not seen."""
     folder = tiny_models[architecture]
     adapter = AdapterConfig(kind=kind, dropout=0.0)
-    flops = Flops.of(build(ModelConfig(name=str(folder)), adapter, 0, FLOAT, FLOAT, False))
+    flops = Flops.of(build(ModelConfig(name=str(folder)), adapter, 0, FLOAT, FLOAT))
     products, attention = counted(folder, adapter)
     assert flops.of_step(TOKENS, TOKENS, 0) == pytest.approx(products, rel=tolerance)  # all is trained on
     if architecture != "deepseek-v3.2":

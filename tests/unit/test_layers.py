@@ -31,14 +31,14 @@ ROOMS = """
     allocator phases world rundir watch downtime stacks profilepage profiling
     model.tiny model.attention model.crossentropy model.packed model.weights model.lowbits model.quantize model.load
     model.anatomy model.grouped model.targets model.adapters model.lowrank model.allocation model.initial
-    model.adapterreport model.build model.flops
+    model.adapterreport model.build model.flops model.footprint
     schedule guard bysource
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
     engines.ds.stage engines.ds.autos engines.ds.config
     engines.choose engines.fill engines engines.adamw engines.eightbit engines.ddp engines.fsdp engines.zero
     checkpoint before saver tracking modelcard modelfiles wrapped merge combine logits tuned gguf push
-    export loop assignment hooks worker
+    export loop assignment memory hooks worker
     sampling decode generate prompts terminal
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
     doctor.cluster doctor.report stopping settle check

@@ -48,7 +48,6 @@ def built(folder: Path, quantization: str, dtype: torch.dtype = FLOAT, **adapter
         seed=0,
         dtype=dtype,
         trained_dtype=FLOAT,
-        checkpoint_activations=False,
     )
     fill(made.module, made.read, World.alone())
     return made

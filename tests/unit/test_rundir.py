@@ -45,9 +45,11 @@ def test_paths_and_name() -> None:
         "final",
         "result.json",
         "ds_config.json",
+        "memory.json",
         "tensorboard",
     ]
-    paths = [run.config, run.metrics, run.checkpoints, run.final, run.result, run.ds_config, run.tensorboard]
+    paths = [run.config, run.metrics, run.checkpoints, run.final, run.result, run.ds_config, run.memory]
+    paths.append(run.tensorboard)
     assert paths == [f"s3://bucket/runs/one/{name}" for name in names]
 
 

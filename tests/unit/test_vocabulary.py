@@ -120,7 +120,7 @@ def test_beside_an_adapter_embedding_and_head_are_trained_whole(model: Path, tmp
     checked = check(compose([], words))
     assert checked.config.adapter.modules_to_save == tuple(WHOLE)
     assert checked.report.whole == tuple(WHOLE)
-    made = build(checked.model, checked.config.adapter, 0, torch.float32, torch.float32, False)
+    made = build(checked.model, checked.config.adapter, 0, torch.float32, torch.float32)
     assert made.trainable == checked.report.trainable
 
 

@@ -25,7 +25,7 @@ if __name__ == "__main__":
     rows = case.rows()
     tokens = sum(len(row["input_ids"]) - 1 for row in rows)
     targets = sum(sum(label != -100 for label in row["labels"][1:]) for row in rows)
-    at_once = min(tokens, case.options.get("tokens", 8192))
+    at_once = min(tokens, case.options.get("tokens", 2048))
 
     class Product:
         """One matrix, or one of each expert, in float32 unless the case computes in less."""

@@ -16,10 +16,10 @@ if __name__ == "__main__":
     from raytune_ds.data.batch import Pack, collate
     from raytune_ds.data.packing import first_fit_decreasing
     from raytune_ds.loop import optimizer_step
+    from raytune_ds.memory import busy_packs
     from raytune_ds.model.build import build
     from raytune_ds.model.flops import Flops
     from raytune_ds.objectives import OBJECTIVES
-    from raytune_ds.worker import AUTO_MICRO_BATCH_TOKENS
     from raytune_ds.world import World
     from tests.bench.peers.case import told
 
@@ -27,7 +27,7 @@ if __name__ == "__main__":
     torch.set_num_threads(case.threads)
     allocator.keep_freed_memory()
     seq_len = case.options.get("seq_len", 2048)
-    micro_batch = max(1, case.options.get("tokens", AUTO_MICRO_BATCH_TOKENS) // seq_len)
+    micro_batch = case.options.get("micro_batch") or busy_packs(seq_len, torch.device("cpu"))
     dtype = getattr(torch, case.dtype)
     built = build(
         ModelConfig(name=case.model, **case.options.get("model", {})),
@@ -35,8 +35,8 @@ if __name__ == "__main__":
         seed=0,
         dtype=dtype,
         trained_dtype=torch.float32,
-        checkpoint_activations=case.options.get("checkpoint", False),
     )
+    built.recompute(case.options.get("depth", "none"))
     rows = case.rows()
 
     def pack(members: list[int]) -> Pack:
