@@ -28,7 +28,7 @@ TOKENS = 400
 @pytest.fixture(autouse=True)
 def chunks_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several of them, without the tokens of a real one."""
-    monkeypatch.setattr(crossentropy, "LOGITS_CHUNK", 150)
+    monkeypatch.setitem(crossentropy.LOGITS_BYTES, "cpu", 150 * 4 * tiny.VOCABULARY)
 
 
 @pytest.fixture(scope="module")

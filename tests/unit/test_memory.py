@@ -17,7 +17,17 @@ from raytune_ds.config import Config, EngineConfig, ModelConfig
 from raytune_ds.console import human_bytes
 from raytune_ds.engines.choose import Choice, Sizes
 from raytune_ds.errors import UserError
-from raytune_ds.memory import DEPTHS, Cut, Situation, decide, evenly, fitted, held_bytes, looked_after
+from raytune_ds.memory import (
+    DEPTHS,
+    Cut,
+    Situation,
+    busy_packs,
+    decide,
+    evenly,
+    fitted,
+    held_bytes,
+    looked_after,
+)
 from raytune_ds.model.build import Built, build
 from raytune_ds.model.footprint import foreseen, gathered
 from raytune_ds.rundir import RunDir
@@ -68,6 +78,15 @@ def test_the_fastest_depth_that_keeps_the_hardware_busy_then_as_many_packs_as_fi
     room: float, expected: tuple[str, int]
 ) -> None:
     assert decided(room) == expected
+
+
+def test_tokens_that_keep_hardware_busy_are_packs_and_one_at_least() -> None:
+    assert [busy_packs(seq_len, torch.device("cuda")) for seq_len in (512, 2048, 8192, 32768)] == [
+        16,
+        4,
+        1,
+        1,
+    ]
 
 
 def test_what_keeps_a_cpu_busy_is_enough_for_it() -> None:
@@ -164,18 +183,24 @@ def told(made: Situation) -> list[tuple[str, str]]:
     return made.tell
 
 
+@pytest.fixture(autouse=True)
+def _choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several packs keep this CPU busy, so that there is something to decide."""
+    monkeypatch.setitem(memory.BUSY_TOKENS, "cpu", 8192)
+
+
 def test_a_cpu_with_room_keeps_all_activations_and_is_busy(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     made = situation(tiny_models["qwen2"], tmp_path)
     cut = fitted(made)
-    assert (cut.depth, cut.micro_batch) == ("none", 1)
-    assert cut.needed == (10 << 20) + (1 << 20) * 28 + foreseen(made.built, 2048).peak
+    assert (cut.depth, cut.micro_batch) == ("none", 4)
+    assert cut.needed == (10 << 20) + (1 << 20) * 28 + foreseen(made.built, 4 * 2048).peak
     (note,) = told(made)
     needed = human_bytes(cut.needed or 0)
     assert note == (
         "note",
-        f"micro_batch 1 (2,048 tokens), no activation checkpointing: about {needed} of 100 GiB",
+        f"micro_batch 4 (8,192 tokens), no activation checkpointing: about {needed} of 100 GiB",
     )
 
 
@@ -209,8 +234,9 @@ def test_where_nothing_fits_it_is_said_and_trained_all_the_same(
     assert (cut.depth, cut.micro_batch) == ("full", 1)
     (_, (kind, text)) = told(made)
     assert kind == "warning"
+    needed = human_bytes(cut.needed or 0)
     assert text.startswith(
-        "this may not fit: training takes about 0.1 GiB, and of the 0.0 GiB that a worker has"
+        f"this may not fit: training takes about {needed}, and of the 50 MiB that a worker"
     )
     assert text.endswith("What helps: data.seq_len below 2048; engine.kind=fsdp with more workers.")
     asked = situation(
@@ -247,8 +273,12 @@ def test_a_restart_keeps_what_was_decided_whatever_is_free_then(
 
 
 def test_all_ranks_hear_the_same_from_the_first(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    # Made one after the other: accelerate changes torch's classes while a model without weights is made, and ranks are
+    # threads here.
+    prepared = [situation(tiny_models["qwen2"], tmp_path, memory) for memory in (50 << 20, 100 * GIB)]
+
     def rank(world: World) -> tuple[Cut, bool]:
-        made = situation(tiny_models["qwen2"], tmp_path, (50 << 20) if world.is_main else 100 * GIB, world)
+        made = replace(prepared[world.rank], world=world)
         return fitted(made), made.built.base.is_activation_checkpointing
 
     one, other = on_ranks(2, rank)
