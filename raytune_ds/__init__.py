@@ -29,7 +29,8 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
                                        one by one; a page of all that
     allocator, world, rundir           how memory is given out; the ranks; the run directory
     watch, downtime, stacks            workers that hang; what a restart costs; the stacks of a process
-    model/                             tiny models, packed attention and losses, weights by ranges; what a model is made
+    model/                             tiny models, packed attention and losses, the kernels that compute them
+                                       (kernels), weights by ranges; what a model is made
                                        of (anatomy) and which of it is adapted (targets); adapters, and what they begin
                                        with (initial); frozen weights as bytes (lowbits, quantize); build: the module
                                        that is trained, without weights yet

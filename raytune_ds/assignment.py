@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "eval_steps",
     "logging_steps",
     "optim",
+    "torch_compile",
     "loss_spike_factor",
     "max_skipped_steps",
     "on_skipped_steps",

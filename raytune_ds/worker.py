@@ -36,6 +36,7 @@ from raytune_ds.model import initial
 from raytune_ds.model.build import Built, build
 from raytune_ds.model.flops import Flops, peak_flops
 from raytune_ds.model.initial import Initial
+from raytune_ds.model.kernels import Kernels
 from raytune_ds.model.load import compute_dtype
 from raytune_ds.model.weights import fingerprint
 from raytune_ds.modelcard import model_card
@@ -109,9 +110,11 @@ def _run(
     world.together(
         lambda: engines.prepare(choice.kind, choice.settings, config.train, given, world.device, say)
     )
+    kernels = world.together(lambda: Kernels.of(config, choice.kind, world.device, dtype))
     found = _where_to_start(assignment, world, report)
     begun = _initial(assignment, world, dtype, report)
-    built = world.together(lambda: _build(assignment, world, choice, dtype, begun))
+    built = world.together(lambda: _build(assignment, world, choice, kernels, dtype, begun))
+    report("note", {"text": kernels.describe(built.base)})
     flops = Flops.of(built)
     tracking = world.together(lambda: _open_tracking(assignment, world, found, report))
     engine = engines.build(choice.kind, _task(assignment, world, choice, built, report))
@@ -239,7 +242,12 @@ def _initial(assignment: Assignment, world: World, dtype: torch.dtype, report: R
 
 
 def _build(
-    assignment: Assignment, world: World, choice: Choice, dtype: torch.dtype, begun: Initial | None
+    assignment: Assignment,
+    world: World,
+    choice: Choice,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    begun: Initial | None,
 ) -> Built:
     config, base = assignment.config, assignment.base
     if base.revision is None and _fingerprint_here(assignment.model.name) != base.fingerprint:
@@ -258,6 +266,8 @@ def _build(
         revision=base.revision,
         initial=begun,
         device=world.device,
+        liger=kernels.liger,
+        compiled=kernels.compiled,
     )
 
 

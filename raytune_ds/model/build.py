@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.config import ModelConfig
-from raytune_ds.model import adapters, quantize
+from raytune_ds.model import adapters, kernels, quantize
 from raytune_ds.model.allocation import RankAllocation, allocation_of
 from raytune_ds.model.initial import Initial, adapted
 from raytune_ds.model.load import hold_in, own_attention, packed_attention, parts, runs_on_packs, skeleton
@@ -62,6 +62,8 @@ def build(
     revision: str | None = None,
     initial: Initial | None = None,
     device: torch.device | None = None,
+    liger: bool = False,
+    compiled: bool = False,
 ) -> Built:
     """What a config trains.
 
@@ -76,12 +78,17 @@ def build(
         revision: the commit of a model of the hub.
         initial: what the adapter begins with, where that is not drawn.
         device: quantizes, where `config.quantization` asks for it; the CPU by default.
+        liger: take liger-kernel's fused operations, where it has them for the architecture.
+        compiled: have torch compile each layer when it is first called.
 
     Raises:
         UserError: the model can't be loaded, or a target matches nothing.
     """
     end_to_end = runs_on_packs(config)
-    base = skeleton(config, packed_attention(config) if end_to_end else own_attention(config))
+    attention = packed_attention(config) if end_to_end else own_attention(config)
+    base = skeleton(config, attention, kernels.experts_of(config.experts_implementation))
+    if liger:
+        kernels.apply_liger(base)
     weights = open_weights(locate(config, revision), base)
     fill_buffers(base, weights)
     hold_in(base, dtype)
@@ -98,6 +105,8 @@ def build(
     head = adapters.trained_part(base.get_output_embeddings())
     module = PackedLM(ready, decoder, head, dtype, autocast, end_to_end)
     _keep_routers_precise(base)
+    if compiled:
+        kernels.compile_layers(_blocks(base))
     read = _Initial(module, names, weights, initial, adapter.changes_base)
     return Built(
         module=module,

@@ -29,9 +29,9 @@ ROOMS = """
     data.job data.chunks data.fit data.scatter data.duplicates data.gate data.buckets data.batch data.stream
     data.prepare data.show data.sample data.spelled data.page
     allocator world rundir watch downtime stacks
-    model.tiny model.attention model.crossentropy model.packed model.weights model.lowbits model.quantize model.load
-    model.anatomy model.targets model.adapters model.allocation model.initial model.adapterreport model.build
-    model.flops
+    model.tiny model.attention model.kernels model.crossentropy model.packed model.weights model.lowbits model.quantize
+    model.load model.anatomy model.targets model.adapters model.allocation model.initial model.adapterreport
+    model.build model.flops
     schedule guard bysource
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
