@@ -241,6 +241,8 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="toy sizes, on the CPU, in float32")
     parser.add_argument("--deadline", type=float, default=570, help="seconds that all may take; 570")
     asked = parser.parse_args()
+    if asked.toy:
+        torch.set_num_threads(1)  # more have nothing to share
     device = torch.device("cpu" if asked.toy else "cuda")
     dtype = torch.float32 if asked.toy else torch.bfloat16
     report = Report(asked.out, about(device, dtype), Deadline(asked.deadline))
