@@ -20,11 +20,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from raytune_ds.errors import first_line
 from raytune_ds.model import kernels
@@ -243,6 +244,8 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.toy:
         torch.set_num_threads(1)  # more have nothing to share
+        # Graphs are made, but no C++ of them, which would take longer than all the rest.
+        nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign,assignment]
     device = torch.device("cpu" if asked.toy else "cuda")
     dtype = torch.float32 if asked.toy else torch.bfloat16
     report = Report(asked.out, about(device, dtype), Deadline(asked.deadline))

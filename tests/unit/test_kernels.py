@@ -204,33 +204,13 @@ def test_liger_goes_into_one_model_and_leaves_experts_and_other_models_alone(
     monkeypatch.setattr(code, "apply_rotary_pos_emb", code.apply_rotary_pos_emb)  # put back at the end
     usual = loss_and_norm(built(tiny_models["deepseek-v3"]))
     made = built(tiny_models["deepseek-v3"], liger=True)
-    made.module.losses.fused = None
     assert code.DeepseekV3RMSNorm is before["DeepseekV3RMSNorm"]
     fused = {type(m).__name__ for m in made.base.modules() if "forward" in vars(m)} - {"DeepseekV3TopkRouter"}
     assert fused == {"DeepseekV3RMSNorm"}
-    assert "liger norms, SwiGLU and losses" in Kernels("sdpa", True, False).describe(made.base)
+    assert "liger norms and SwiGLU" in Kernels("sdpa", True, False).describe(made.base)
     loss, _ = loss_and_norm(made)
     assert loss != pytest.approx(usual[0], rel=1e-3)
     assert loss_and_norm(built(tiny_models["deepseek-v3"])) == pytest.approx(usual, rel=1e-6)
-
-
-def test_losses_come_from_the_fused_kernel_where_there_are_targets(tiny_models: dict[str, Path]) -> None:
-    made = built(tiny_models["qwen2"])
-    usual = loss_and_norm(made)
-    calls = []
-
-    def fused(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: torch.Tensor) -> torch.Tensor:
-        calls.append(len(targets))
-        return nn.functional.cross_entropy(
-            nn.functional.linear(hidden, weight, bias), targets, reduction="none"
-        )
-
-    made.module.losses.fused = fused
-    assert loss_and_norm(made) == pytest.approx(usual, rel=1e-5)
-    assert calls == [53]
-    empty = pack(documents(), torch.zeros(53).numpy())
-    assert float(sft(made.module, empty).sum()) == 0
-    assert calls == [53]
 
 
 # ---- where there is neither Ray nor DeepSpeed ------------------------------------------------------
