@@ -30,11 +30,12 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     allocator, phases, world, rundir   how memory is given out; what a step is at; the ranks; the run directory
     watch, downtime, stacks            workers that hang; what a restart costs; the stacks of a process
     profilepage, profiling             where the time of a step goes: the page, and how it is measured
-    model/                             tiny models, packed attention and losses, weights by ranges; what a model is made
-                                       of (anatomy) and which of it is adapted (targets); adapters, what they begin with
-                                       (initial), and those of bare parameters on the tokens (lowrank, grouped); frozen
-                                       weights as bytes (lowbits, quantize); build: the module that is trained, without
-                                       weights yet; footprint: what a pass takes of memory
+    model/                             tiny models, packed attention and losses, the kernels that compute them, weights
+                                       by ranges; what a model is made of (anatomy), which of it is adapted (targets);
+                                       adapters, what they begin with (initial), and those of bare parameters on the
+                                       tokens (lowrank, grouped); frozen weights as bytes (lowbits, quantize); build:
+                                       the module that is trained, without weights yet; footprint: what a pass takes of
+                                       memory
     objectives/, engines/              a batch to a loss sum; gradients to an update, and who holds which part
     checkpoint, saver                  checkpoints, of no engine and no world size; taking them while training goes on
     before                             the model that a run began with, whole and at its commit

@@ -19,6 +19,8 @@ _CALLED = {
     "model.dtype": "bf16 fp16 precision torch_dtype",
     "model.quantization": "load_in_4bit load_in_8bit quantization_bit",
     "model.attention": "attn_implementation flash_attention flash_attn",
+    "model.experts_implementation": "moe_implementation",
+    "model.liger_kernel": "enable_liger_kernel liger use_liger use_liger_kernel",
     "adapter.kind": "finetuning_type use_lora use_peft",
     "adapter.r": "lora_r lora_rank rank",
     "adapter.alpha": "lora_alpha",
@@ -71,6 +73,7 @@ _CALLED = {
         "check_for_nan_in_grad check_for_nan_in_loss_and_grad terminate_on_nan"
     ),
     "train.activation_checkpointing": "gradient_checkpointing",
+    "train.torch_compile": "compile compile_model",
     "train.eval_steps": "eval_interval evals_per_epoch",
     "train.logging_steps": "log_every_n_steps log_interval",
     "engine.kind": "fsdp strategy",

@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "logging_steps",
     "profile",
     "optim",
+    "torch_compile",
     "loss_spike_factor",
     "max_skipped_steps",
     "on_skipped_steps",

@@ -60,6 +60,20 @@ RULES = (
         {"train.optim": PAGED, "engine.offload": frozenset({"parameters"})},
         "offloaded parameters are updated in host memory already; take train.optim=adamw_8bit",
     ),
+    Rule(
+        {"train.torch_compile": frozenset({"true"}), "engine.kind": frozenset({"fsdp", "zero"})},
+        "sharded parameters are gathered by hooks around each layer, and compiled layers have been tried on whole ones "
+        "only; take engine.kind=ddp, or train.torch_compile=auto",
+    ),
+    Rule(
+        {"train.torch_compile": frozenset({"true"}), "model.quantization": QUANTIZED},
+        "values are made from bits by other libraries' operators, which have not been tried inside of a graph; take "
+        "train.torch_compile=auto",
+    ),
+    Rule(
+        {"model.liger_kernel": frozenset({"true"}), "device": frozenset({"cpu"})},
+        "its kernels are written for GPUs; take model.liger_kernel=auto",
+    ),
 )
 
 ENGINES: Mapping[str, Mapping[str, str]] = {
@@ -85,6 +99,10 @@ OTHERS: Mapping[str, Mapping[str, str]] = {
     "adamw_8bit": {"train.optim": "adamw_8bit"},
     "paged_adamw_8bit": {"train.optim": "paged_adamw_8bit", "device": "cuda"},
     "the same on CPUs": {"train.optim": "paged_adamw_8bit", "device": "cpu"},
+    "torch_compile": {"train.torch_compile": "true"},
+    "torch_compile, quantized": {"train.torch_compile": "true", "model.quantization": "nf4"},
+    "liger_kernel": {"model.liger_kernel": "true", "device": "cuda"},
+    "liger_kernel on CPUs": {"model.liger_kernel": "true", "device": "cpu"},
 }
 
 

@@ -91,6 +91,17 @@ class ModelConfig(Section):
         " sdpa: one causal call a segment, on any device; auto: varlen where it runs, "
         "otherwise sdpa.",
     )
+    experts_implementation: Literal["auto", "eager", "batched_mm", "grouped_mm"] = Field(
+        default="auto",
+        description="How routed experts are computed, as transformers names it. eager: one expert after the other; "
+        "batched_mm: one product a token; grouped_mm: one product for all experts; auto: grouped_mm, which keeps up "
+        "with the others everywhere and is far ahead where experts are trained.",
+    )
+    liger_kernel: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Norms, rotary embeddings and SwiGLU by the fused kernels of liger-kernel, where it knows "
+        "the architecture. auto: on GPUs where liger-kernel is installed (pip install liger-kernel).",
+    )
     add_tokens: tuple[Text, ...] = Field(
         default=(),
         description="Words of the domain that become one token each, wherever they stand in the data. The embedding "
@@ -430,6 +441,11 @@ class TrainConfig(Section):
         "all, which takes a third more time; every-N (every-2, every-3 ...): each N-th. auto: as few as let about 8192 "
         "tokens (on CPUs 2048) into the memory of a worker, by an estimate that is made before training.",
     )
+    torch_compile: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Compile the layers of the model by torch.compile, one kind of layer at a time. auto: false, for "
+        "compiling takes a minute or more at every start, and nothing tells that a run is long enough to earn it.",
+    )
     eval_steps: Count | None = Field(
         default=None,
         description="Optimizer steps between two evaluations. null: once an epoch, but at most 20 times "
@@ -704,6 +720,17 @@ class Config(Section):
                 raise about("init_lora_weights", reason)
         return adapter
 
+    @field_validator("train")
+    @classmethod
+    def _compiling_goes_with_the_model(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
+        model = info.data.get("model")
+        if model is not None:
+            compiled = str(train.torch_compile).lower()
+            chosen = {"train.torch_compile": compiled, "model.quantization": model.quantization}
+            for reason in conflicts(chosen, "train.torch_compile"):
+                raise about("torch_compile", reason)
+        return train
+
     @field_validator("engine")
     @classmethod
     def _engine_goes_with_the_optimizer(cls, engine: EngineConfig, info: ValidationInfo) -> EngineConfig:
@@ -712,6 +739,7 @@ class Config(Section):
             kind = "zero" if engine.asks_for_zero else engine.kind
             adapter = info.data.get("adapter")
             chosen = {"train.optim": train.optim, "engine.kind": kind}
+            chosen |= {"train.torch_compile": str(train.torch_compile).lower()}
             chosen |= {"adapter.kind": adapter.kind} if adapter is not None else {}
             for reason in conflicts(chosen, "engine.kind"):
                 raise about("kind", reason)

@@ -36,6 +36,7 @@ from raytune_ds.model import initial
 from raytune_ds.model.build import Built, build
 from raytune_ds.model.flops import Flops, Utilisation, peak_flops
 from raytune_ds.model.initial import Initial
+from raytune_ds.model.kernels import Kernels
 from raytune_ds.model.load import compute_dtype
 from raytune_ds.model.weights import fingerprint
 from raytune_ds.modelcard import model_card
@@ -109,10 +110,13 @@ def _run(
     world.together(
         lambda: engines.prepare(choice.kind, choice.settings, config.train, given, world.device, say)
     )
+    kernels = world.together(lambda: Kernels.of(config, choice.kind, world.device, dtype))
     found = _where_to_start(assignment, world, report)
     begun = _initial(assignment, world, dtype, report)
     built = world.together(lambda: _build(assignment, world, choice, dtype, begun))
     cut = fitted(Situation(assignment, world, choice, sizes, memory, built, report))
+    kernels.put_into(built.base, built.blocks)  # no kernel has to run where memory is only foreseen
+    report("note", {"text": kernels.describe(built.base)})
     flops = Flops.of(built)
     tracking = world.together(lambda: _open_tracking(assignment, world, found, report))
     engine = engines.build(choice.kind, _task(assignment, world, choice, built, cut, report))
@@ -230,7 +234,11 @@ def _initial(assignment: Assignment, world: World, dtype: torch.dtype, report: R
 
 
 def _build(
-    assignment: Assignment, world: World, choice: Choice, dtype: torch.dtype, begun: Initial | None
+    assignment: Assignment,
+    world: World,
+    choice: Choice,
+    dtype: torch.dtype,
+    begun: Initial | None,
 ) -> Built:
     config, base = assignment.config, assignment.base
     if base.revision is None and _fingerprint_here(assignment.model.name) != base.fingerprint:

@@ -9,6 +9,7 @@ Axes: B = 1, H = query heads, G = key/value heads, T = tokens of the row, D = qu
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
 from itertools import pairwise
@@ -57,6 +58,7 @@ def varlen_kernel(
     from torch.nn.attention.varlen import varlen_attn
 
     q_THD, k_TGD, v_TGD = (x[0].transpose(0, 1) for x in (q_BHTD, k_BGTD, v_BGTD))
+    told: dict[str, Any] = {"enable_gqa": q_THD.shape[1] != k_TGD.shape[1]} if _is_told_of_groups() else {}
     out_THD = varlen_attn(
         q_THD,
         k_TGD,
@@ -67,10 +69,18 @@ def varlen_kernel(
         max_segment,
         scale=scale,
         window_size=(-1, 0),
-        enable_gqa=q_THD.shape[1] != k_TGD.shape[1],
+        **told,
     )
     assert isinstance(out_THD, torch.Tensor)
     return out_THD.transpose(0, 1)[None]
+
+
+@cache
+def _is_told_of_groups() -> bool:
+    """Whether torch wants to hear that heads share keys; up to 2.11 it saw that itself."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def packed_attention(
@@ -117,19 +127,33 @@ def _require_plain(query: torch.Tensor, key: torch.Tensor, others: Mapping[str, 
         )
 
 
+def kernel_name(attention: str, device: str, dtype: torch.dtype) -> str:
+    """What `model.attention` is on a device: varlen or sdpa."""
+    runs = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return "varlen" if runs and attention != "sdpa" else "sdpa"
+
+
 def _kernel(device: str, dtype: torch.dtype) -> Kernel:
-    if device == "cuda" and dtype in (torch.bfloat16, torch.float16) and _varlen_allowed:
-        return varlen_kernel
-    return segment_sdpa
+    return varlen_kernel if kernel_name(_attention, device, dtype) == "varlen" else _by_segment
 
 
-_varlen_allowed = True
+_attention = "auto"
+_by_segment: Kernel = segment_sdpa
 
 
 def choose(attention: str) -> None:
     """Applies `model.attention`: auto and varlen take the varlen kernel where it runs, sdpa never."""
-    global _varlen_allowed
-    _varlen_allowed = attention != "sdpa"
+    global _attention
+    _attention = attention
+
+
+def keep_out_of_graphs() -> None:
+    """Before layers are compiled: `segment_sdpa` reads lengths on the host, and each of them would make a graph.
+
+    The varlen kernel is an operator that fits into a graph.
+    """
+    global _by_segment
+    _by_segment = torch.compiler.disable(segment_sdpa)
 
 
 @cache

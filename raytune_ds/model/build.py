@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
-from raytune_ds.model import adapters, lowrank, quantize
+from raytune_ds.model import adapters, kernels, lowrank, quantize
 from raytune_ds.model.allocation import RankAllocation, allocation_of
 from raytune_ds.model.initial import Initial, adapted
 from raytune_ds.model.load import hold_in, own_attention, packed_attention, parts, runs_on_packs, skeleton
@@ -110,7 +110,8 @@ def build(
         UserError: the model can't be loaded, or a target matches nothing.
     """
     end_to_end = runs_on_packs(config)
-    base = skeleton(config, packed_attention(config) if end_to_end else own_attention(config))
+    attention = packed_attention(config) if end_to_end else own_attention(config)
+    base = skeleton(config, attention, kernels.experts_of(config.experts_implementation))
     weights = open_weights(locate(config, revision), base)
     fill_buffers(base, weights)
     hold_in(base, dtype)

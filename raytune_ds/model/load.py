@@ -219,12 +219,15 @@ def _take_tuned_biases(model: torch.nn.Module, adapter: Path) -> None:
                 own[spelled].data.copy_(value)
 
 
-def skeleton(config: ModelConfig, attention: str | None = None) -> PreTrainedModel:
+def skeleton(
+    config: ModelConfig, attention: str | None = None, experts: str | None = None
+) -> PreTrainedModel:
     """The model without weights: parameters have shapes only (on the meta device, float32), buffers are real.
 
     Args:
         config: names it.
         attention: the implementation it is built with; None: what transformers takes for it.
+        experts: the same of its routed experts, where it has any.
 
     Raises:
         UserError: there is no such model, or it can't be trained.
@@ -244,6 +247,8 @@ def skeleton(config: ModelConfig, attention: str | None = None) -> PreTrainedMod
                 attn_implementation=attention,
                 trust_remote_code=config.trust_remote_code,
             )
+            if experts is not None and model._can_set_experts_implementation():
+                model.set_experts_implementation(experts)
     except ValueError as error:
         raise UserError(
             f"model.name = {config.name}: no causal language model: {first_line(error)}"

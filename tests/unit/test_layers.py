@@ -29,8 +29,8 @@ ROOMS = """
     data.job data.chunks data.fit data.scatter data.duplicates data.gate data.buckets data.batch data.stream
     data.prepare data.show data.sample data.spelled data.page
     allocator phases world rundir watch downtime stacks profilepage profiling
-    model.tiny model.attention model.crossentropy model.packed model.weights model.lowbits model.quantize model.load
-    model.anatomy model.grouped model.targets model.adapters model.lowrank model.allocation model.initial
+    model.tiny model.attention model.kernels model.crossentropy model.packed model.weights model.lowbits model.quantize
+    model.load model.anatomy model.grouped model.targets model.adapters model.lowrank model.allocation model.initial
     model.adapterreport model.build model.flops model.footprint
     schedule guard bysource
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo

@@ -65,7 +65,7 @@ if __name__ == "__main__":
         warmup_steps=0,
     )
     flops = Flops.of(built)
-    needed = sum(flops.per_token * b.num_tokens + flops.per_target * b.num_targets for b in batches)
+    needed = sum(flops.of_step(b.num_tokens, b.num_targets, 0) for b in batches)
     engine = engines.build("ddp", task)
     engine.module.train()
     while True:
