@@ -29,6 +29,7 @@ from raytune_ds.mailbox import Event, Reporter, open_mailbox
 from raytune_ds.rayworker import worker_main
 from raytune_ds.rescue import rescue
 from raytune_ds.rundir import RunDir
+from raytune_ds.startup import Startup
 from raytune_ds.torchgroup import NodesTorchConfig
 from raytune_ds.worker import Outcome
 
@@ -41,6 +42,15 @@ NEVER_S = 1e9
 SPARE_S = 300.0
 # `ray job stop` kills after three seconds what has not ended by then.
 ABORT_S = 0.5
+
+
+PHASES = {
+    "arrived": "workers there",
+    "start": "model built",
+    "eval": "held-out loss measured",
+    "step": "first step done",
+}
+"""What is done with the first event of a kind."""
 
 
 class Watcher(Protocol):
@@ -71,10 +81,10 @@ class Fitting:
         downtime: what restarts of the workers cost, so far.
     """
 
-    def __init__(self, assignment: Assignment, scale: Scale, watcher: Watcher) -> None:
+    def __init__(self, assignment: Assignment, scale: Scale, watcher: Watcher, startup: Startup) -> None:
         """Begins."""
         self.downtime = Downtime()
-        self._run, self._watcher = assignment.run, watcher
+        self._run, self._watcher, self._startup = assignment.run, watcher, startup
         self._mailbox = open_mailbox(assignment.run.name, assignment.config.scaling)
         self._trainer = _trainer(assignment, scale, self._mailbox, watcher.judges)
         self._settings = _ray_settings(assignment.config.scaling, scale)
@@ -111,7 +121,7 @@ class Fitting:
 
     def _fit(self) -> None:
         try:
-            following = _Following(self._mailbox, self._watcher, self._run, self.downtime)
+            following = _Following(self._mailbox, self._watcher, self._run, self.downtime, self._startup)
             with _environment(self._settings), self._watcher, following:
                 outcome = self._trainer.fit().return_value
         except BaseException as error:
@@ -174,8 +184,11 @@ def _trainer(assignment: Assignment, scale: Scale, mailbox: Any, is_judged: bool
 class _Following:
     """Shows the mailbox's events from a thread while the run goes on."""
 
-    def __init__(self, mailbox: Any, watcher: Watcher, run: RunDir, downtime: Downtime) -> None:
-        self._mailbox, self._watcher, self._run, self._downtime = mailbox, watcher, run, downtime
+    def __init__(
+        self, mailbox: Any, watcher: Watcher, run: RunDir, downtime: Downtime, startup: Startup
+    ) -> None:
+        self._mailbox, self._watcher, self._run = mailbox, watcher, run
+        self._downtime, self._startup = downtime, startup
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -218,6 +231,8 @@ class _Following:
                 threading.Thread(target=self._rescue, args=(content,), daemon=True).start()
                 continue
             self._watcher.show(kind, content)
+            if kind in PHASES and PHASES["step"] not in self._startup.marks:
+                self._startup.mark(PHASES[kind], at)
             if (restart := self._downtime.note(kind, content, at)) is not None:
                 self._watcher.show("note", {"text": str(restart)})
             if kind == "eval" and self._watcher.judges:

@@ -27,9 +27,13 @@ def _train(arguments: argparse.Namespace) -> int:
         sys.stdout.write(dump(config))
         return 0
     # Ray and torch are imported only once the config is known to be right.
+    from raytune_ds.startup import Startup, process_began
+
+    startup = Startup(process_began())
+    startup.mark("config read")
     from raytune_ds.launch import launch
 
-    launch(config, debug=arguments.debug)
+    launch(config, debug=arguments.debug, startup=startup)
     return 0
 
 

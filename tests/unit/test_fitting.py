@@ -22,6 +22,7 @@ from raytune_ds.fitting import _Following
 from raytune_ds.mailbox import Mailbox
 from raytune_ds.rundir import RunDir
 from raytune_ds.stacks import Place
+from raytune_ds.startup import Startup
 from raytune_ds.watch import Pulse
 
 Post = Mailbox.__ray_metadata__.modified_class
@@ -72,7 +73,7 @@ def followed(monkeypatch: pytest.MonkeyPatch, mailbox: Remote, watcher: Watcher)
     """Follows the mailbox until somebody was judged."""
     monkeypatch.setattr(fitting, "POLL_S", 0.001)
     monkeypatch.setattr(fitting.ray, "get", mailbox.get)
-    with _Following(mailbox, watcher, RunDir("/nowhere"), Downtime()):  # type: ignore[arg-type]
+    with _Following(mailbox, watcher, RunDir("/nowhere"), Downtime(), Startup(0.0)):  # type: ignore[arg-type]
         for _ in range(2000):
             if mailbox.judged:
                 break
