@@ -57,13 +57,16 @@ class Result:
     startup_s: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def launch(config: Config, debug: bool = False, startup: Startup | None = None) -> Result:
+def launch(
+    config: Config, debug: bool = False, startup: Startup | None = None, where: str | None = None
+) -> Result:
     """Runs a training from its config.
 
     Args:
         config: composed.
         debug: show Ray's and the workers' own output too.
         startup: how far it has come already.
+        where: the cluster that has been joined; None: whatever is found is joined, or started, now.
 
     Raises:
         UserError: anything the user can mend; what was trained is in the run's checkpoints.
@@ -72,13 +75,20 @@ def launch(config: Config, debug: bool = False, startup: Startup | None = None) 
     """
     startup = startup or Startup(time.monotonic())
     startup.mark("imported")
-    checked = check(config)
-    startup.mark("checked")
-    say("\n".join((f"model: {config.model.name}", *checked.report.lines())))
+    if where is not None:
+        with stoppable():
+            return _launch(_checked(config, startup), where, startup)
+    checked = _checked(config, startup)
     where = cluster.connect(debug)
     with stoppable():
-        startup.mark("connected")
         return _launch(checked, where, startup)
+
+
+def _checked(config: Config, startup: Startup) -> Checked:
+    checked = check(config)
+    say("\n".join((f"model: {config.model.name}", *checked.report.lines())))
+    startup.mark("checked")
+    return checked
 
 
 def _launch(checked: Checked, where: str, startup: Startup) -> Result:

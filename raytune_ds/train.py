@@ -31,9 +31,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
     startup = Startup(process_began())
     startup.mark("config read")
-    from raytune_ds.launch import launch
+    from raytune_ds import early
+    from raytune_ds.stopping import stoppable
 
-    launch(config, debug=arguments.debug, startup=startup)
+    where = early.begin(config, arguments.debug)
+    startup.mark("connected")
+    with stoppable():  # torch takes seconds to import, here as in the workers
+        from raytune_ds.launch import launch
+
+    launch(config, arguments.debug, startup, where)
     return 0
 
 

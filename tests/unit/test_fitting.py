@@ -14,7 +14,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, Work
 from ray.train.v2._internal.execution.controller.state import RestartingState, RunningState
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from raytune_ds import fitting, mailbox
+from raytune_ds import early, fitting, mailbox
 from raytune_ds.cluster import Scale
 from raytune_ds.config import ScalingConfig
 from raytune_ds.downtime import Downtime
@@ -183,13 +183,13 @@ def test_ray_has_more_patience_than_our_watch(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv(name, raising=False)
     scale = Scale(2, False, 1)
     for given, least in ((600.0, 1200.0), (None, 1e8)):
-        settings = fitting._ray_settings(ScalingConfig(hang_timeout_s=given), scale)
+        settings = early.settings(ScalingConfig(hang_timeout_s=given), scale)
         assert float(settings[name]) > least
-        with fitting._environment(settings):
+        with early.in_environment(settings):
             assert os.environ[name] == settings[name]
         assert name not in os.environ
     monkeypatch.setenv(name, "5")
-    assert fitting._ray_settings(ScalingConfig(), scale) == {}
+    assert early.settings(ScalingConfig(), scale) == {}
 
 
 def test_a_restart_is_told_once_however_long_it_takes() -> None:
