@@ -59,6 +59,7 @@ print(time.monotonic())
 
 def main(alternations: int = ALTERNATIONS) -> None:
     """Prints the table."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cluster ends with it
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="rds") as scratch, cluster(Path(scratch)) as address:
         root = Path(scratch)
         inputs(root)
@@ -92,7 +93,7 @@ def _show(bare: list[float], ours: list[float], phases: list[dict[str, float]]) 
     say(f"ratio of each pair: {', '.join(f'{o / b:.2f}' for b, o in zip(bare, ours, strict=True))}")
 
 
-def inputs(root: Path) -> None:
+def inputs(root: Path, shape: dict[str, Any] = SHAPE) -> None:
     """A model and rows to train it on, below `root`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -103,7 +104,7 @@ def inputs(root: Path) -> None:
     rows = list(general_rows())[:300]
     tokenizer = tiny.train_tokenizer([row["instruction"] + row["output"] for row in rows])
     torch.manual_seed(0)
-    config = AutoConfig.for_model("qwen2", **SHAPE, vocab_size=16_000)
+    config = AutoConfig.for_model("qwen2", **shape, vocab_size=16_000)
     AutoModelForCausalLM.from_config(config).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     write_rows(rows, root / "rows.jsonl")
@@ -130,7 +131,7 @@ def cluster(root: Path) -> Iterator[str]:
             ray.wait()
 
 
-def settings(root: Path, name: str) -> list[str]:
+def settings(root: Path, name: str, seq_len: int = SEQ_LEN) -> list[str]:
     """A run of one step, as key=value."""
     return [
         f"run.storage={root}/runs",
@@ -138,7 +139,7 @@ def settings(root: Path, name: str) -> list[str]:
         f"model.name={root}/model",
         f"data.sources=[{root}/rows.jsonl]",
         "data.eval.fraction=0",
-        f"data.seq_len={SEQ_LEN}",
+        f"data.seq_len={seq_len}",
         "scaling.num_workers=1",
         "train.global_batch=1",
         "train.max_steps=1",
