@@ -51,6 +51,8 @@ def main(alternations: int = ALTERNATIONS) -> None:
             for turn in range(alternations):
                 paces["without Ray"].append(_without_ray(root, f"alone{turn}"))
                 paces["on Ray, 1 worker"].append(_with_ray(root, address, f"ray{turn}"))
+                rate, on_ray = (of_side[-1].tokens_per_s for of_side in paces.values())
+                say(f"pair {turn + 1}: {rate:,.0f} and {on_ray:,.0f} tokens/s, ratio {on_ray / rate:.3f}")
     rates = {side: [pace.tokens_per_s for pace in of_side] for side, of_side in paces.items()}
     slowest = statistics.median(rates["without Ray"])
     table(
@@ -68,8 +70,6 @@ def main(alternations: int = ALTERNATIONS) -> None:
             for side, of_side in paces.items()
         ],
     )
-    pairs = zip(*rates.values(), strict=True)
-    say(f"ratio of each pair: {', '.join(f'{ray / alone:.3f}' for alone, ray in pairs)}")
 
 
 def _settings(root: Path, name: str) -> list[str]:

@@ -71,6 +71,7 @@ def main(alternations: int = ALTERNATIONS) -> None:
             marks = _ours(root, address, f"turn{turn}")
             ours.append(marks["first step done"])
             phases.append(marks)
+            say(f"pair {turn + 1}: {bare[-1]:.2f} and {ours[-1]:.2f} s, ratio {ours[-1] / bare[-1]:.2f}")
     _show(bare, ours, phases)
 
 
@@ -90,7 +91,6 @@ def _show(bare: list[float], ours: list[float], phases: list[dict[str, float]]) 
         rows.append([name, f"{at:.2f}", f"{at - before:.2f}"])
         before = at
     table("Where ours goes (medians)", ["until", "s since the command", "s"], rows)
-    say(f"ratio of each pair: {', '.join(f'{o / b:.2f}' for b, o in zip(bare, ours, strict=True))}")
 
 
 def inputs(root: Path, shape: dict[str, Any] = SHAPE) -> None:
