@@ -54,6 +54,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     preflight (R)                      the cluster; the Ray it runs on
     metrics, torchgroup (R)            the run as Ray metrics; torch's process group
     mailbox, rayworker, fitting (R)    between workers and driver; a worker inside Ray Train; a run on it
+    startup, early (R)                 how long a launch takes to its first step; processes that wait to be workers
     rescue                             what is done about workers that hang
     launch (R)                         a config to a finished run
     sweep/ (R)                         many runs that differ in a few settings: space and journal; searchers and

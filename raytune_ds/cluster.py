@@ -67,23 +67,39 @@ def connect(debug: bool, dashboard: bool = False) -> str:
     """
     if ray.is_initialized():
         return "the Ray that is running"
-    if not debug:
-        _hush_deaths()
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Trials of a sweep bring actors that need no CPU, and Ray warns of more processes than CPUs.
-    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
-    how = {
-        "include_dashboard": dashboard,
-        "log_to_driver": debug,
-        "logging_level": logging.INFO if debug else logging.CRITICAL,
-    }
+    return join(debug) or _named(ray.init("local", **_how(debug, dashboard)))
+
+
+def join(debug: bool) -> str | None:
+    """Joins the cluster that RAY_ADDRESS or the last `ray start` here names, and says which; None if there is none.
+
+    Raises:
+        UserError: RAY_ADDRESS names a cluster that does not answer, or the cluster refuses this user's token.
+    """
     given = os.environ.get("RAY_ADDRESS", "")
     if "://" in given:
         raise UserError(
             f"RAY_ADDRESS = {given}: that address is for `ray job submit`. Submit the run as a job, or unset "
             "RAY_ADDRESS to run on an embedded Ray."
         )
-    context = _join(given, how) if _expects_cluster(given) else ray.init("local", **how)
+    return _named(_join(given, _how(debug))) if _expects_cluster(given) else None
+
+
+def _how(debug: bool, dashboard: bool = False) -> dict[str, Any]:
+    """To start Ray, or to join it."""
+    if not debug:
+        _hush_deaths()
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Trials of a sweep bring actors that need no CPU, and Ray warns of more processes than CPUs.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+    return {
+        "include_dashboard": dashboard,
+        "log_to_driver": debug,
+        "logging_level": logging.INFO if debug else logging.CRITICAL,
+    }
+
+
+def _named(context: Any) -> str:
     # A session is named after the process that started it.
     embedded = context.address_info["session_dir"].endswith(f"_{os.getpid()}")
     return "an embedded Ray" if embedded else f"the Ray cluster at {context.address_info['gcs_address']}"
@@ -164,28 +180,28 @@ def plan_scale(config: ScalingConfig, global_batch: int) -> Scale:
             f"scaling.use_gpu = true: the cluster has no GPU ({there}).\n"
             "Add nodes that have, or set scaling.use_gpu=auto to train on CPUs where there is no GPU."
         )
-    room = sum(_room(node, use_gpu, config.cpus_per_worker) for node in nodes)
+    there_is = sum(room(node, use_gpu, config.cpus_per_worker) for node in nodes)
     if config.bounds is not None:
         fewest, wanted = config.bounds
     else:
-        fewest = wanted = min(room, global_batch, *([] if use_gpu else [AUTO_CPU_WORKERS]))
-    if room < max(1, fewest):
+        fewest = wanted = min(there_is, global_batch, *([] if use_gpu else [AUTO_CPU_WORKERS]))
+    if there_is < max(1, fewest):
         each = f"{config.cpus_per_worker} CPU" + (" and a GPU" if use_gpu else "")
         raise UserError(
-            f"scaling.num_workers = {_shown(config.num_workers)}: the cluster has room for {room} with {each} each: "
-            f"{there}.\n"
+            f"scaling.num_workers = {_shown(config.num_workers)}: the cluster has room for {there_is} with {each} "
+            f"each: {there}.\n"
             "Ask for fewer workers, lower scaling.cpus_per_worker"
             + (", set scaling.use_gpu=false" if use_gpu else "")
             + ", or add nodes."
         )
-    room_now = sum(_room(node, use_gpu, config.cpus_per_worker) for node in alive)
+    room_now = sum(room(node, use_gpu, config.cpus_per_worker) for node in alive)
     waited_for = 0
     for node in nodes[len(alive) :]:
         if room_now < wanted:
-            room_now += _room(node, use_gpu, config.cpus_per_worker)
+            room_now += room(node, use_gpu, config.cpus_per_worker)
             waited_for += 1
     elastic = fewest if fewest < wanted else None
-    return Scale(wanted, use_gpu, config.cpus_per_worker, waited_for, elastic, room)
+    return Scale(wanted, use_gpu, config.cpus_per_worker, waited_for, elastic, there_is)
 
 
 def _shown(num_workers: object) -> object:
@@ -202,6 +218,7 @@ def _to_come(alive: list[dict[str, float]]) -> list[dict[str, float]]:
     return [kind] * max(0, most - there)
 
 
-def _room(node: dict[str, float], use_gpu: bool, cpus_per_worker: int) -> int:
+def room(node: dict[str, float], use_gpu: bool, cpus_per_worker: int) -> int:
+    """The workers of a kind that a node with these resources has room for."""
     by_cpu = int(node.get("CPU", 0)) // cpus_per_worker
     return min(by_cpu, int(node.get("GPU", 0))) if use_gpu else by_cpu

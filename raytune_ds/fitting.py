@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import datetime
 from functools import partial
@@ -14,33 +13,35 @@ from typing import Any, Protocol
 import ray
 import ray.train
 from ray.train import TrainingFailedError
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.constants import (
-    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
-    WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
-)
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from raytune_ds import early
 from raytune_ds.assignment import Assignment
 from raytune_ds.cluster import Scale
-from raytune_ds.config import ScalingConfig
 from raytune_ds.console import warn
 from raytune_ds.downtime import Downtime
 from raytune_ds.mailbox import Event, Reporter, open_mailbox
 from raytune_ds.rayworker import worker_main
 from raytune_ds.rescue import rescue
 from raytune_ds.rundir import RunDir
+from raytune_ds.startup import Startup
 from raytune_ds.torchgroup import NodesTorchConfig
 from raytune_ds.worker import Outcome
 
 POLL_S = 0.3
 ANSWER_S = 30.0
-# A group that may shrink is tried in its old size until Ray knows that a node is gone: by default a minute at a time.
-# What is there is placed in milliseconds.
-PLACED_S = 10
-NEVER_S = 1e9
-SPARE_S = 300.0
 # `ray job stop` kills after three seconds what has not ended by then.
 ABORT_S = 0.5
+
+
+PHASES = {
+    "arrived": "workers there",
+    "start": "model built",
+    "eval": "held-out loss measured",
+    "step": "first step done",
+}
+"""What is done with the first event of a kind."""
 
 
 class Watcher(Protocol):
@@ -71,13 +72,13 @@ class Fitting:
         downtime: what restarts of the workers cost, so far.
     """
 
-    def __init__(self, assignment: Assignment, scale: Scale, watcher: Watcher) -> None:
+    def __init__(self, assignment: Assignment, scale: Scale, watcher: Watcher, startup: Startup) -> None:
         """Begins."""
         self.downtime = Downtime()
-        self._run, self._watcher = assignment.run, watcher
+        self._run, self._watcher, self._startup = assignment.run, watcher, startup
         self._mailbox = open_mailbox(assignment.run.name, assignment.config.scaling)
         self._trainer = _trainer(assignment, scale, self._mailbox, watcher.judges)
-        self._settings = _ray_settings(assignment.config.scaling, scale)
+        self._settings = early.settings(assignment.config.scaling, scale)
         self._ended: Future[Outcome] = Future()
         watcher.begins(self.kill)
         threading.Thread(target=self._fit, daemon=True).start()
@@ -111,8 +112,8 @@ class Fitting:
 
     def _fit(self) -> None:
         try:
-            following = _Following(self._mailbox, self._watcher, self._run, self.downtime)
-            with _environment(self._settings), self._watcher, following:
+            following = _Following(self._mailbox, self._watcher, self._run, self.downtime, self._startup)
+            with early.in_environment(self._settings), self._watcher, following:
                 outcome = self._trainer.fit().return_value
         except BaseException as error:
             self._ended.set_exception(error)
@@ -123,31 +124,19 @@ class Fitting:
             self._mailbox.__ray_terminate__.remote()  # its metrics go out once more, and end with it
 
 
-def _ray_settings(scaling: ScalingConfig, scale: Scale) -> dict[str, str]:
-    """What Ray Train reads from the environment of whoever starts a run."""
-    # Ray ends a worker that does not answer it, without a word of where it is: that comes after our own watch.
-    patience = NEVER_S if scaling.hang_timeout_s is None else 2 * scaling.hang_timeout_s + SPARE_S
-    settings = {WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR: str(patience)}
-    if scale.fewest is not None:
-        settings[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR] = str(PLACED_S)
-    return {name: value for name, value in settings.items() if name not in os.environ}
+class _Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray's, untyped
+    """Without what serves datasets to workers: ours read their own, and a process less has to start before they do."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [
+            each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)
+        ]
 
 
-@contextlib.contextmanager
-def _environment(settings: dict[str, str]) -> Iterator[None]:
-    """With these variables, which were not set before."""
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name in settings:
-            os.environ.pop(name, None)
-
-
-def _trainer(assignment: Assignment, scale: Scale, mailbox: Any, is_judged: bool) -> TorchTrainer:
-    return TorchTrainer(
+def _trainer(assignment: Assignment, scale: Scale, mailbox: Any, is_judged: bool) -> _Trainer:
+    return _Trainer(
         partial(worker_main, assignment=assignment, mailbox=mailbox, is_judged=is_judged),
-        torch_config=NodesTorchConfig(
+        backend_config=NodesTorchConfig(
             model=assignment.model,
             revision=assignment.base.revision,
             timeout_s=assignment.config.scaling.collective_timeout_s,
@@ -167,6 +156,7 @@ def _trainer(assignment: Assignment, scale: Scale, mailbox: Any, is_judged: bool
                 max_preemption_failures=assignment.config.scaling.max_preemptions,
             ),
             callbacks=[Reporter(mailbox)],
+            worker_runtime_env=early.runtime_env(assignment.config),
         ),
     )
 
@@ -174,8 +164,11 @@ def _trainer(assignment: Assignment, scale: Scale, mailbox: Any, is_judged: bool
 class _Following:
     """Shows the mailbox's events from a thread while the run goes on."""
 
-    def __init__(self, mailbox: Any, watcher: Watcher, run: RunDir, downtime: Downtime) -> None:
-        self._mailbox, self._watcher, self._run, self._downtime = mailbox, watcher, run, downtime
+    def __init__(
+        self, mailbox: Any, watcher: Watcher, run: RunDir, downtime: Downtime, startup: Startup
+    ) -> None:
+        self._mailbox, self._watcher, self._run = mailbox, watcher, run
+        self._downtime, self._startup = downtime, startup
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -218,6 +211,8 @@ class _Following:
                 threading.Thread(target=self._rescue, args=(content,), daemon=True).start()
                 continue
             self._watcher.show(kind, content)
+            if kind in PHASES and PHASES["step"] not in self._startup.marks:
+                self._startup.mark(PHASES[kind], at)
             if (restart := self._downtime.note(kind, content, at)) is not None:
                 self._watcher.show("note", {"text": str(restart)})
             if kind == "eval" and self._watcher.judges:

@@ -25,6 +25,7 @@ from raytune_ds.fitting import Fitting, Watcher
 from raytune_ds.naming import stem
 from raytune_ds.preflight import preflight
 from raytune_ds.rundir import RunDir
+from raytune_ds.startup import Startup
 from raytune_ds.stopping import stoppable
 from raytune_ds.worker import Outcome
 
@@ -36,7 +37,8 @@ class Result:
     Attributes:
         status: finished, failed, or stopped (by a signal, or because its watcher wanted no more of it).
         run: the run directory.
-        wall_time_s: of this launch, from its first check to its end; that of earlier launches is not in it.
+        wall_time_s: of this launch, from its command to its end; that of earlier launches is not in it.
+        startup_s: seconds from its command to the end of each phase until the first step was done.
         progress: of a run that is not finished, that of its newest checkpoint.
         restarts: why each restart of the worker group happened and what it cost, as `downtime.Restart` says.
     """
@@ -52,47 +54,63 @@ class Result:
     final_bytes: int
     restarts: tuple[dict[str, Any], ...]
     error: str | None = None
+    startup_s: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def launch(config: Config, debug: bool = False) -> Result:
+def launch(
+    config: Config, debug: bool = False, startup: Startup | None = None, where: str | None = None
+) -> Result:
     """Runs a training from its config.
 
     Args:
         config: composed.
         debug: show Ray's and the workers' own output too.
+        startup: how far it has come already.
+        where: the cluster that has been joined; None: whatever is found is joined, or started, now.
 
     Raises:
         UserError: anything the user can mend; what was trained is in the run's checkpoints.
         TrainingFailedError: workers died more often than `scaling.max_failures`; the run can be resumed.
         Stopped: a signal came, and the run can be resumed.
     """
-    started = time.monotonic()
-    checked = check(config)
-    say("\n".join((f"model: {config.model.name}", *checked.report.lines())))
+    startup = startup or Startup(time.monotonic())
+    startup.mark("imported")
+    if where is not None:
+        with stoppable():
+            return _launch(_checked(config, startup), where, startup)
+    checked = _checked(config, startup)
     where = cluster.connect(debug)
     with stoppable():
-        return _launch(checked, where, started)
+        return _launch(checked, where, startup)
 
 
-def _launch(checked: Checked, where: str, started: float) -> Result:
+def _checked(config: Config, startup: Startup) -> Checked:
+    checked = check(config)
+    say("\n".join((f"model: {config.model.name}", *checked.report.lines())))
+    startup.mark("checked")
+    return checked
+
+
+def _launch(checked: Checked, where: str, startup: Startup) -> Result:
     scale = cluster.plan_scale(checked.config.scaling, checked.config.train.global_batch)
     preflight(checked.root)
     say(f"{scale} on {where}")
     if scale.nodes_to_come:
         say(f"the cluster has to grow by {scale.nodes_to_come} node(s) for them, which takes minutes")
     assignment = assign(checked)
+    startup.mark("data found")
     require_sound(assignment.store, checked.config.data.on_finding)
     with lease.held(assignment.run.driver, f"run.name = {assignment.run.name}"):
-        return train(assignment, scale, started, Display())
+        return train(assignment, scale, startup, Display())
 
 
-def train(assignment: Assignment, scale: cluster.Scale, started: float, watcher: Watcher) -> Result:
+def train(assignment: Assignment, scale: cluster.Scale, startup: Startup, watcher: Watcher) -> Result:
     """Trains, from the newest checkpoint of the run on; Ray is there, and all that can be tried before has been.
 
     Args:
         assignment: of the workers.
         scale: of the workers.
-        started: when this launch began, by time.monotonic.
+        startup: how far this launch has come.
         watcher: sees it.
 
     Raises:
@@ -110,9 +128,9 @@ def train(assignment: Assignment, scale: cluster.Scale, started: float, watcher:
     resume = f"the same command with run.name={assignment.run.name} resumes it"
 
     def write(status: str, outcome: Outcome) -> Result:
-        return _write_result(assignment, scale, started, status, outcome, fitting.downtime.restarts)
+        return _write_result(assignment, scale, startup, status, outcome, fitting.downtime.restarts)
 
-    fitting = Fitting(assignment, scale, watcher)
+    fitting = Fitting(assignment, scale, watcher, startup)
     try:
         outcome = fitting.wait()
     except KeyboardInterrupt:
@@ -145,7 +163,7 @@ def _newest_progress(run: RunDir) -> dict[str, Any] | None:
 def _write_result(
     assignment: Assignment,
     scale: cluster.Scale,
-    started: float,
+    startup: Startup,
     status: str,
     outcome: Outcome,
     restarts: list[Restart],
@@ -154,7 +172,7 @@ def _write_result(
         status=status,
         run=assignment.run.path,
         progress=outcome.progress or {},
-        wall_time_s=round(time.monotonic() - started, 2),
+        wall_time_s=startup.seconds(),
         num_workers=outcome.num_workers or scale.num_workers,
         engine=outcome.engine,
         trainable_parameters=outcome.trainable,
@@ -162,6 +180,7 @@ def _write_result(
         final_bytes=outcome.final_bytes,
         restarts=tuple(map(dataclasses.asdict, restarts)),
         error=outcome.error,
+        startup_s=startup.marks,
     )
     storage.write_json(assignment.run.result, dataclasses.asdict(result))
     return result

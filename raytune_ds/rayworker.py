@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR as HOOK
 
 from raytune_ds import stacks
 from raytune_ds.assignment import Assignment
@@ -30,6 +32,7 @@ NEAR_S = 20.0
 def worker_main(assignment: Assignment, mailbox: Any, is_judged: bool) -> Outcome:
     """What Ray Train runs in each worker."""
     context = ray.train.get_context()
+    _use_threads()
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where NCCL gathers objects
@@ -82,6 +85,12 @@ def worker_main(assignment: Assignment, mailbox: Any, is_judged: bool) -> Outcom
     return outcome
 
 
+def _use_threads() -> None:
+    """As many as Ray wants of a worker. It says so once it knows the worker, and torch was imported before."""
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
+
+
 def _is_near(deadline_ms: int | None) -> bool:
     """Whether the time is almost up, so that what was trained since the notice is worth a checkpoint too."""
     return bool(deadline_ms and deadline_ms / 1000 - time.time() < NEAR_S)
@@ -106,4 +115,6 @@ def _beating(pulse: Pulse, place: Place, mailbox: Any, every_s: float) -> Iterat
 
 
 def _open_stream(store: Any, share: Any, steps: range) -> Any:
-    return stream(store, "train", share, steps)
+    # Its tasks would begin with what a worker imports.
+    hooked = os.environ.get(HOOK, "").startswith("raytune_ds.")
+    return stream(store, "train", share, steps, {"env_vars": {HOOK: ""}} if hooked else None)

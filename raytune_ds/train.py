@@ -27,9 +27,19 @@ def _train(arguments: argparse.Namespace) -> int:
         sys.stdout.write(dump(config))
         return 0
     # Ray and torch are imported only once the config is known to be right.
-    from raytune_ds.launch import launch
+    from raytune_ds.startup import Startup, process_began
 
-    launch(config, debug=arguments.debug)
+    startup = Startup(process_began())
+    startup.mark("config read")
+    from raytune_ds import early
+    from raytune_ds.stopping import stoppable
+
+    where = early.begin(config, arguments.debug)
+    startup.mark("connected")
+    with stoppable():  # torch takes seconds to import, here as in the workers
+        from raytune_ds.launch import launch
+
+    launch(config, arguments.debug, startup, where)
     return 0
 
 

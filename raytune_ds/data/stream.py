@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import ray.data
 
@@ -25,11 +26,20 @@ def quiet() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def stream(store: Store, split: str, share: Share, steps: range) -> Iterator[list[Batch]]:
+def stream(
+    store: Store, split: str, share: Share, steps: range, runtime_env: dict[str, Any] | None = None
+) -> Iterator[list[Batch]]:
     """The micro-batches of each step, fetched ahead by Ray Data tasks.
 
     The tasks ask for no CPU: they mostly wait for storage, and a cluster whose CPUs all belong to the training workers
     would otherwise never run them. One at a time, or Ray would start any number of processes for them.
+
+    Args:
+        store: prepared.
+        split: of it.
+        share: of this rank.
+        steps: to fetch, in order.
+        runtime_env: of the tasks, where it is not that of their caller.
     """
     per_task = max(STEPS_PER_TASK, -(-len(steps) // MOST_TASKS))
     tasks = [
@@ -46,6 +56,7 @@ def stream(store: Store, split: str, share: Share, steps: range) -> Iterator[lis
         batch_size=None,
         num_cpus=0,
         concurrency=1,
+        runtime_env=runtime_env or {},
     )
     for table in dataset.iter_batches(
         batch_size=1, batch_format="pyarrow", prefetch_batches=PREFETCHED_STEPS

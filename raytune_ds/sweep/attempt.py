@@ -26,6 +26,7 @@ from raytune_ds.config import Config, ScalingConfig
 from raytune_ds.errors import UserError
 from raytune_ds.launch import Result, assign, train
 from raytune_ds.rundir import RunDir
+from raytune_ds.startup import Startup
 from raytune_ds.sweep.fork import fork
 from raytune_ds.sweep.records import Report, Trial, trial_name
 from raytune_ds.sweep.reports import Reports
@@ -145,7 +146,7 @@ class Attempt:
                     yield last
             self._watcher = watcher = _Watcher(reports, self._progress)
             scale = self._scale(assignment.config)
-            for last in watcher.follow(lambda: train(assignment, scale, time.monotonic(), watcher)):
+            for last in watcher.follow(lambda: train(assignment, scale, Startup(time.monotonic()), watcher)):
                 if last.step < last.total_steps:
                     yield last
         except (UserError, CheckpointError) as error:

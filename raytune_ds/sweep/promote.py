@@ -14,6 +14,7 @@ from raytune_ds.display import Display
 from raytune_ds.errors import UserError
 from raytune_ds.launch import Result, assign, train
 from raytune_ds.rundir import RunDir
+from raytune_ds.startup import Startup
 from raytune_ds.stopping import stoppable
 from raytune_ds.sweep.fork import fork, hindrances
 from raytune_ds.sweep.outcome import full_config
@@ -31,7 +32,7 @@ def promote(config: Config, swept: Swept, anew: bool) -> Result:
     Raises:
         UserError: the settings of `sweep.trial` do not let the trial go on, or what launch raises.
     """
-    started = time.monotonic()
+    startup = Startup(time.monotonic())
     best, run = swept.best, swept.sweep.promoted(swept.best.number, anew)
     name = f"{swept.sweep.name}-promoted-{run.name}"[-128:].lstrip(".")
     full = replaced(full_config(config, best), run={"name": name, "resume": "auto"})
@@ -43,7 +44,7 @@ def promote(config: Config, swept: Swept, anew: bool) -> Result:
         with lease.held(run.driver, run.path):
             if not anew:
                 _begin_with(RunDir(best.run), best.name, assignment)
-            return train(assignment, scale, started, Display())
+            return train(assignment, scale, startup, Display())
 
 
 def _lineage(swept: Swept, anew: bool) -> str:

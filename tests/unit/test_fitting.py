@@ -14,7 +14,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, Work
 from ray.train.v2._internal.execution.controller.state import RestartingState, RunningState
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from raytune_ds import fitting, mailbox
+from raytune_ds import early, fitting, mailbox
 from raytune_ds.cluster import Scale
 from raytune_ds.config import ScalingConfig
 from raytune_ds.downtime import Downtime
@@ -22,6 +22,7 @@ from raytune_ds.fitting import _Following
 from raytune_ds.mailbox import Mailbox
 from raytune_ds.rundir import RunDir
 from raytune_ds.stacks import Place
+from raytune_ds.startup import Startup
 from raytune_ds.watch import Pulse
 
 Post = Mailbox.__ray_metadata__.modified_class
@@ -72,7 +73,7 @@ def followed(monkeypatch: pytest.MonkeyPatch, mailbox: Remote, watcher: Watcher)
     """Follows the mailbox until somebody was judged."""
     monkeypatch.setattr(fitting, "POLL_S", 0.001)
     monkeypatch.setattr(fitting.ray, "get", mailbox.get)
-    with _Following(mailbox, watcher, RunDir("/nowhere"), Downtime()):  # type: ignore[arg-type]
+    with _Following(mailbox, watcher, RunDir("/nowhere"), Downtime(), Startup(0.0)):  # type: ignore[arg-type]
         for _ in range(2000):
             if mailbox.judged:
                 break
@@ -182,13 +183,13 @@ def test_ray_has_more_patience_than_our_watch(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv(name, raising=False)
     scale = Scale(2, False, 1)
     for given, least in ((600.0, 1200.0), (None, 1e8)):
-        settings = fitting._ray_settings(ScalingConfig(hang_timeout_s=given), scale)
+        settings = early.settings(ScalingConfig(hang_timeout_s=given), scale)
         assert float(settings[name]) > least
-        with fitting._environment(settings):
+        with early.in_environment(settings):
             assert os.environ[name] == settings[name]
         assert name not in os.environ
     monkeypatch.setenv(name, "5")
-    assert fitting._ray_settings(ScalingConfig(), scale) == {}
+    assert early.settings(ScalingConfig(), scale) == {}
 
 
 def test_a_restart_is_told_once_however_long_it_takes() -> None:

@@ -1,0 +1,29 @@
+"""When a launch came how far, from its command to the end of its first step."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+
+
+def process_began() -> float:
+    """When this process was started, on the clock of time.monotonic."""
+    return time.monotonic() - (time.time() - psutil.Process().create_time())
+
+
+class Startup:
+    """Seconds since the beginning at which things were done, each for the first time."""
+
+    def __init__(self, began: float) -> None:
+        """`began`: on the clock of time.monotonic."""
+        self._began = began
+        self.marks: dict[str, float] = {}
+
+    def seconds(self, at: float | None = None) -> float:
+        """From the beginning to `at`, or to now."""
+        return round((time.monotonic() if at is None else at) - self._began, 2)
+
+    def mark(self, name: str, at: float | None = None) -> None:
+        """`name` is done: at `at`, or now. Only the first time counts: a restart begins nothing."""
+        self.marks.setdefault(name, self.seconds(at))
