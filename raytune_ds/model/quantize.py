@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
@@ -153,9 +154,10 @@ class _Unpack(nn.Module):
     @torch.no_grad()
     def forward(self, packed: torch.Tensor) -> torch.Tensor:
         """The parameter that the owner computes with."""
-        if packed.is_meta:
-            return torch.empty(self.packing.shape, dtype=self.packing.dtype, device="meta")
-        values = self.packing.unpack(packed)
+        if packed.is_meta or isinstance(packed, FakeTensor):  # there are no bytes to look at
+            values = torch.empty(self.packing.shape, dtype=self.packing.dtype, device=packed.device)
+        else:
+            values = self.packing.unpack(packed)
         self._made = weakref.ref(values)
         return values
 
@@ -166,7 +168,7 @@ class _Unpack(nn.Module):
 
 
 def _place(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return tensor.untyped_storage()._cdata  # not its address: of tensors without values it is always zero
 
 
 def _keep_nothing(owner: nn.Module, own_names: Sequence[str]) -> None:

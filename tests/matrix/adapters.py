@@ -224,7 +224,7 @@ def _loss(model: Any, given: Any) -> float:
     from raytune_ds.worker import _share
 
     total = weight = 0.0
-    for batch in next(read(given.store, "train", _share(given, World.alone()), range(STEPS - 1, STEPS))):
+    for batch in next(read(given.store, "train", _share(given, World.alone(), 1), range(STEPS - 1, STEPS))):
         lengths = batch.segments.diff().tolist()
         parts = zip(
             *(x[0].split(lengths) for x in (batch.ids_BT, batch.targets_BT, batch.weights_BT)), strict=True
