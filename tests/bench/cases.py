@@ -36,12 +36,8 @@ class Peer:
         return own or (sys.executable if importlib.util.find_spec(self.needs) else None)
 
 
-def _trl(name: str, batch: int, **arguments: Any) -> Peer:
-    return Peer(name, "trlsft", {"batch": batch, "arguments": arguments}, needs="trl")
-
-
-def _llamafactory(name: str, **arguments: Any) -> Peer:
-    return Peer(name, "llamafactory", {"arguments": arguments}, needs="llamafactory")
+def _trl(name: str, batch: int, seq_len: int = 0, **arguments: Any) -> Peer:
+    return Peer(name, "trlsft", {"batch": batch, "seq_len": seq_len, "arguments": arguments}, needs="trl")
 
 
 OURS = Peer("raytune_ds", "ours", {})
@@ -58,15 +54,12 @@ TRL_BEST = (
         gradient_checkpointing=False,
         train_sampling_strategy="group_by_length",
     ),
-    _trl("TRL, packing", 1, gradient_checkpointing=False, packing=True, max_length=1024),
-    _trl("TRL, padding_free", 8, gradient_checkpointing=False, padding_free=True),
+    _trl("TRL, packing", 1, seq_len=1024, gradient_checkpointing=False, packing=True),
+    _trl("TRL, padding_free", 8, gradient_checkpointing=False, padding_free=True, max_length=None),
 )
 TRL = (_trl("TRL, defaults", 8), *TRL_BEST)
-LLAMAFACTORY = (
-    _llamafactory("LLaMA-Factory, batch 8", per_device_train_batch_size=8),
-    _llamafactory("LLaMA-Factory, neat_packing", per_device_train_batch_size=1, neat_packing=True),
-)
-ALL = (OURS, MATMULS, *RECIPE, *TRL, *LLAMAFACTORY)
+LLAMAFACTORY = Peer("LLaMA-Factory, batch 8", "llamafactory", {"batch": 8}, needs="llamafactory")
+ALL = (OURS, MATMULS, *RECIPE, *TRL, LLAMAFACTORY)
 FEW = (OURS, MATMULS, RECIPE[0], RECIPE[1], *TRL_BEST[1:3])
 
 

@@ -48,6 +48,20 @@ def load(case: Case) -> Any:
     return model
 
 
+def tokenizer() -> Any:
+    """One that libraries ask for although rows are ids already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")),
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+    )
+
+
 def lora(case: Case) -> Any:
     """The adapter's config; None where all parameters are trained."""
     from peft import LoraConfig

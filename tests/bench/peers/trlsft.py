@@ -8,12 +8,10 @@ if __name__ == "__main__":
     protocol.own_stdout()
 
     from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
     from tests.bench.peers.case import told
-    from tests.bench.peers.hf import Told, arguments, load, lora
+    from tests.bench.peers.hf import Told, arguments, load, lora, tokenizer
 
     case, passes = told(), protocol.Passes()
     model = load(case)
@@ -21,25 +19,16 @@ if __name__ == "__main__":
     longest = max(len(row["input_ids"]) for row in rows)
     config = SFTConfig(
         **{
+            # No document is cut. Where packs are fewer than documents, the end of an epoch ends the step.
+            "max_length": max(longest, case.options["seq_len"]),
             **arguments(case, len(rows), case.options["batch"]),
-            # A pass is one step, however many packs there are: an epoch's end is a step's, too.
-            "max_length": max(longest, case.options.get("seq_len", 0)),
-            "dataset_kwargs": {"skip_prepare_dataset": False},
         }
-    )
-    # It is asked for, and has nothing to do: the rows are ids already.
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")),
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
     )
     SFTTrainer(
         model=model,
         args=config,
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
+        processing_class=tokenizer(),
         peft_config=lora(case),
         callbacks=[Told(passes)],
     ).train()
