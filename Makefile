@@ -51,8 +51,9 @@ format: $(READY)  ## let ruff format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## speed beside the plain Hugging Face recipe, paired in one process
-	$(BIN)/python -m tests.bench
+bench: $(READY)  ## speed beside other trainers, paired: NAME= picks comparisons; half an hour on two cores
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint requirements.lock --editable '.[bench]'
+	$(BIN)/python -m tests.bench $(NAME)
 
 cluster-files: $(READY)  ## write cluster/ and docker/compose.yaml anew, from the templates
 	$(BIN)/python -m tests.cluster_files
