@@ -444,7 +444,7 @@ class TrainConfig(Section):
     torch_compile: bool | Literal["auto"] = Field(
         default="auto",
         description="Compile the layers of the model by torch.compile, one kind of layer at a time. auto: false, for "
-        "compiling takes a minute or more at every start, and nothing tells that a run is long enough to earn it.",
+        "each start pays for it, some ten seconds to a minute, and nothing tells that a run is long enough to earn it.",
     )
     eval_steps: Count | None = Field(
         default=None,

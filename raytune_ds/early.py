@@ -9,6 +9,7 @@ nothing else has changed.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -16,49 +17,61 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
-from ray._private.grpc_utils import init_grpc_channel
-from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
-from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
 
 from raytune_ds import cluster
 from raytune_ds.cluster import Scale
 from raytune_ds.compatible import EIGHT_BIT
 from raytune_ds.config import Config, ScalingConfig
-from raytune_ds.errors import UserError
+from raytune_ds.startup import HOOK
 
-KEPT_S = 120
-"""That a process waits to become a worker."""
-ASK_S = 5.0
+# A process waits so long to become a worker, and a node so long to be asked for one.
+KEPT_S, ASK_S = 120, 5.0
+# Ray Train's controller, and what it starts beside workers: all of one environment, on the driver's node.
 OVERSEERS = 4
-"""Ray Train's controller, and what it starts beside workers: all of one environment, on the driver's node."""
 # A group that may shrink is tried in its old size until Ray knows that a node is gone: by default a minute at a time.
 # What is there is placed in milliseconds.
 PLACED_S = 10
-NEVER_S = 1e9
-SPARE_S = 300.0
+# Longer than any run; and what Ray waits beyond our own watch.
+NEVER_S, SPARE_S = 1e9, 300.0
 
 
 def runtime_env(config: Config) -> dict[str, Any]:
-    """Of the workers of a run. A hook of the user's own, which a job may have, stays."""
-    if WORKER_PROCESS_SETUP_HOOK_ENV_VAR in _of_job().get("env_vars", {}):
+    """Of the workers of a run.
+
+    A hook of the user's own, which a job may have, stays. Without the package in the environment there is none: such
+    workers find it only once Ray has told them the driver's path, which is after the hook.
+    """
+    job = _of_job()
+    if HOOK in job.get("env_vars", {}) or not (_is_installed() or {"working_dir", "py_modules"} & job.keys()):
         return {}
-    hook = imports if _in_few_bits(config) else imports_without_bitsandbytes
-    return {"env_vars": {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.{hook.__name__}"}}
+    hook = imports_few if _in_few_bits(config) else imports
+    return {"env_vars": {HOOK: f"{__name__}.{hook.__name__}"}}
 
 
 def imports() -> None:
-    """At the start of a worker's process: what it needs. What goes wrong here goes wrong again where it is reported."""
+    """At the start of a worker's process: what it needs. What goes wrong here goes wrong again where it is reported.
+
+    Not bitsandbytes, which peft imports wherever it is, and which takes as long as torch does.
+    """
+    _leave_out_bitsandbytes()
     with contextlib.suppress(Exception):
         import peft  # noqa: F401
 
         from raytune_ds import rayworker  # noqa: F401
 
 
-def imports_without_bitsandbytes() -> None:
-    """Peft imports it wherever it is, which takes as long as torch does."""
-    _leave_out_bitsandbytes()
-    imports()
+def imports_few() -> None:
+    """The same for a run that needs bitsandbytes: that looks at GPUs, and which of them are its own Ray says later."""
+    with contextlib.suppress(Exception):
+        import transformers  # noqa: F401
+
+
+def _is_installed() -> bool:
+    try:
+        importlib.metadata.distribution("raytune_ds")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _leave_out_bitsandbytes() -> None:
@@ -80,15 +93,22 @@ def begin(config: Config, debug: bool) -> str | None:
     """
     if not _in_few_bits(config):
         _leave_out_bitsandbytes()
+    if ray.is_initialized():
+        return None
     where = cluster.join(debug)
     if where is not None:
-        with contextlib.suppress(UserError):  # it is said in its turn
+        # A head start and no more: what is wrong with the config is said in its turn, and Ray may change within.
+        with contextlib.suppress(Exception):
             start(config, cluster.plan_scale(config.scaling, config.train.global_batch))
     return where
 
 
 def start(config: Config, scale: Scale) -> None:
-    """Has each node start as many processes as may become workers there, and this one those that look after them."""
+    """Has nodes start as many processes as will become workers, and this one those that look after them.
+
+    Workers are asked for where there is room, on this node first.
+    """
+    from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
     from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
     with in_environment(settings(config.scaling, scale)):
@@ -98,11 +118,14 @@ def start(config: Config, scale: Scale) -> None:
     )  # as Ray Train has it for its controller
     hook = runtime_env(config).get("env_vars", {})
     own = ray.get_runtime_context().get_node_id()
-    for node in ray.nodes():
-        room = cluster.room(node["Resources"], scale.use_gpu, scale.cpus_per_worker) if node["Alive"] else 0
-        number = min(room, scale.num_workers)
-        _ask(node, propagated | hook, number)
-        if hook:
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    missing = scale.num_workers
+    for node in sorted(alive, key=lambda node: node["NodeID"] != own):
+        number = min(cluster.room(node["Resources"], scale.use_gpu, scale.cpus_per_worker), missing)
+        missing -= number
+        if number:
+            _ask(node, propagated | hook, number)
+        if number and hook:
             # For the task of each worker that reads ahead.
             _ask(node, propagated | dict.fromkeys(hook, ""), number)
         if node["NodeID"] == own:
@@ -112,6 +135,9 @@ def start(config: Config, scale: Scale) -> None:
 
 def _ask(node: dict[str, Any], env_vars: dict[str, str], number: int) -> None:
     """For processes with these environment variables."""
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
+
     request = node_manager_pb2.PrestartWorkersRequest(
         language=common_pb2.PYTHON,
         job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),

@@ -31,6 +31,9 @@ from raytune_ds.worker import Outcome
 
 POLL_S = 0.3
 ANSWER_S = 30.0
+# Of workers that do not even start. With an elastic number a group is tried every ten seconds until Ray knows that a
+# node is gone; a node whose processes can't start at all has to end the run some time.
+MAX_STARTS = 60
 # `ray job stop` kills after three seconds what has not ended by then.
 ABORT_S = 0.5
 
@@ -154,6 +157,7 @@ def _trainer(assignment: Assignment, scale: Scale, mailbox: Any, is_judged: bool
             failure_config=ray.train.FailureConfig(
                 max_failures=assignment.config.scaling.max_failures,
                 max_preemption_failures=assignment.config.scaling.max_preemptions,
+                controller_failure_limit=MAX_STARTS,
             ),
             callbacks=[Reporter(mailbox)],
             worker_runtime_env=early.runtime_env(assignment.config),

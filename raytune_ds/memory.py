@@ -187,6 +187,9 @@ class Situation:
             "train": [self.train.micro_batch, self.train.activation_checkpointing],
             "world": [self.world.size, self.world.device.type],
             "engine": [self.choice.kind, self.choice.settings.model_dump(mode="json")],
+            "memory": self.memory
+            if self.sizes.gpu
+            else None,  # a GPU's is that of its kind; of a node's, what is free
         }
 
 
@@ -208,12 +211,13 @@ def fitted(situation: Situation) -> Cut:
 
 def _kept_or_made(situation: Situation) -> Cut:
     """What the run had in this world before is kept, whatever is free now: another cut rounds its sums otherwise."""
-    path, made_for = situation.assignment.run.memory, situation.made_for
-    kept = storage.read_json(path)
-    if kept is not None and kept["made_for"] == json.loads(json.dumps(made_for)):
-        return Cut(**kept["cut"])
+    path, made_for = situation.assignment.run.memory, json.loads(json.dumps(situation.made_for))
+    decisions: list[dict[str, Any]] = storage.read_json(path) or []
+    for decision in decisions:
+        if decision["made_for"] == made_for:
+            return Cut(**decision["cut"])
     cut = _made(situation)
-    storage.write_json(path, {"made_for": made_for, "cut": asdict(cut)})
+    storage.write_json(path, [*decisions, {"made_for": made_for, "cut": asdict(cut)}])
     return cut
 
 
@@ -228,7 +232,8 @@ def _made(situation: Situation) -> Cut:
     def needs(depth: str, packs: int) -> int:
         situation.built.recompute(depth)
         autocast = wants_autocast(situation.choice.kind)
-        return held + foreseen(situation.built, packs * situation.seq_len, autocast).peak
+        tokens, device = packs * situation.seq_len, situation.world.device.type
+        return held + foreseen(situation.built, tokens, autocast, device).peak
 
     try:
         room = USABLE * situation.memory
@@ -268,8 +273,8 @@ def looked_after(
             taken = torch.cuda.max_memory_allocated(device)
             if taken > needed:
                 say(
-                    f"the first step took {human_bytes(taken)} of the GPU's memory, more than the "
-                    f"{human_bytes(needed)} that were foreseen"
+                    f"until the end of the first step up to {human_bytes(taken)} of the GPU's memory were taken, more "
+                    f"than the {human_bytes(needed)} that were foreseen"
                 )
         log(row)
 

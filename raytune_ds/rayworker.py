@@ -13,13 +13,13 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR as HOOK
 
 from raytune_ds import stacks
 from raytune_ds.assignment import Assignment
 from raytune_ds.data.stream import stream
 from raytune_ds.hooks import Orders
 from raytune_ds.stacks import Place
+from raytune_ds.startup import HOOK
 from raytune_ds.watch import Pulse
 from raytune_ds.worker import Outcome, run_worker
 from raytune_ds.world import World

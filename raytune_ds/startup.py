@@ -6,6 +6,9 @@ import time
 
 import psutil
 
+HOOK = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
+"""The variable of a process's environment that names what it runs first, as `worker_process_setup_hook` sets it."""
+
 
 def process_began() -> float:
     """When this process was started, on the clock of time.monotonic."""

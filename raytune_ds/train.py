@@ -35,7 +35,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from raytune_ds.stopping import stoppable
 
     where = early.begin(config, arguments.debug)
-    startup.mark("connected")
+    if where is not None:
+        startup.mark("connected")
     with stoppable():  # torch takes seconds to import, here as in the workers
         from raytune_ds.launch import launch
 

@@ -159,13 +159,13 @@ def _run(
             )
             orders.pulse.rests()
         except UserError:  # on all ranks alike: what is being written is worth waiting for
-            saver.close()
             profile.end()
+            saver.close()
             if tracking is not None:
                 tracking.close()
             raise
-        saver.close()
         profile.end()
+        saver.close()
     stopped = progress.step < plan.total_steps
     try:
         final_bytes = 0 if stopped else _save_final(assignment, world, built, progress, report).size

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 
 # Float32 logits that are in memory at a time, in bytes. Of a vocabulary of 129,280 those of 1,000 tokens take 512 MiB:
 # with fewer a GPU spends its time on reading the head's weight. A CPU is as fast with fewer, and its caches are small.
-LOGITS_BYTES = {"cpu": 64 << 20}
-LOGITS_BYTES_ELSEWHERE = 512 << 20
+LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
 def linear_cross_entropy(
@@ -77,13 +76,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, above_N: torch.Tensor) -> Any:  # type: ignore[override]
         of_hidden, of_weight, of_bias, expected_N, hidden_NE, weight_VE, bias_V, targets_N = ctx.saved_tensors
         if of_hidden is not None:
-            of_hidden = of_hidden * above_N[:, None].to(of_hidden.dtype)
+            # Not with factors in 16 bits: they are often all the same, and one rounding would be that of all gradients.
+            of_hidden = torch.mul(of_hidden, above_N[:, None], out=torch.empty_like(of_hidden))
         if of_weight is not None or of_bias is not None:
             factor = above_N.sum() / expected_N.sum().clamp(min=torch.finfo(torch.float32).tiny)
             if torch.allclose(above_N, factor * expected_N, rtol=1e-5, atol=0.0):
-                of_weight, of_bias = (
-                    x if x is None else x * factor.to(x.dtype) for x in (of_weight, of_bias)
-                )
+                of_weight, of_bias = (None if x is None else x * factor for x in (of_weight, of_bias))
             else:
                 _, wants_weight, wants_bias = ctx.wants
                 of_head = _HeadGradient(weight_VE, bias_V, wants_weight, wants_bias)
@@ -92,6 +90,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     _, slopes_CV = _losses(hidden_NE[part], head_VE, bias_V, targets_N[part])
                     of_head.add(slopes_CV, hidden_NE[part], above_N[part])
                 of_weight, of_bias = of_head.weight, of_head.bias
+            of_weight = None if of_weight is None else of_weight.to(weight_VE.dtype)
+            of_bias = None if of_bias is None else of_bias.to(bias_V.dtype)
         return of_hidden, of_weight, of_bias, None, None, None
 
 
@@ -101,8 +101,11 @@ class _HeadGradient:
     def __init__(
         self, weight_VE: torch.Tensor, bias_V: torch.Tensor | None, wants_weight: bool, wants_bias: bool
     ) -> None:
-        self.weight = torch.zeros_like(weight_VE) if wants_weight else None
-        self.bias = torch.zeros_like(bias_V) if wants_bias and bias_V is not None else None
+        # In float32, for it is a sum over many chunks.
+        self.weight = torch.zeros_like(weight_VE, dtype=torch.float32) if wants_weight else None
+        self.bias = (
+            torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
+        )
 
     def add(self, slopes_CV: torch.Tensor, hidden_CE: torch.Tensor, factors_C: torch.Tensor) -> None:
         """A chunk's. Overwrites the slopes."""
@@ -119,7 +122,7 @@ class _HeadGradient:
 
 def chunks(targets_N: torch.Tensor, vocabulary: int) -> Iterator[slice]:
     """Cuts tokens into parts whose logits may be in memory together."""
-    room = LOGITS_BYTES.get(targets_N.device.type, LOGITS_BYTES_ELSEWHERE)
+    room = LOGITS_BYTES.get(targets_N.device.type, LOGITS_BYTES["cuda"])
     size = max(1, room // (4 * vocabulary))
     return (slice(start, start + size) for start in range(0, len(targets_N), size))
 

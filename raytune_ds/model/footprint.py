@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from raytune_ds.data.batch import Batch, collate
+from raytune_ds.model import crossentropy
 from raytune_ds.model.build import Built
 
 
@@ -40,13 +42,14 @@ class Pass:
     peak: int
 
 
-def foreseen(built: Built, tokens: int, autocast: bool = True) -> Pass:
+def foreseen(built: Built, tokens: int, autocast: bool = True, device: str = "cpu") -> Pass:
     """What a pass over `tokens` tokens, all of them trained on, would take; the model needs no weights.
 
     Args:
         built: its layers recompute what they will.
         tokens: of the micro-batch.
         autocast: see model/packed; False: trained parameters are cast by the engine before they are used.
+        device: the kind that it will run on.
 
     Raises:
         Exception: of any kind: the model's code looks at values, or uses what knows no fake tensors.
@@ -56,6 +59,8 @@ def foreseen(built: Built, tokens: int, autocast: bool = True) -> Pass:
     live, exits = LiveBytes(), list[int]()
     cast = None if autocast else built.module.dtype
     with ExitStack() as stack:
+        room = crossentropy.LOGITS_BYTES.get(device, crossentropy.LOGITS_BYTES["cuda"])
+        stack.enter_context(mock.patch.dict(crossentropy.LOGITS_BYTES, cpu=room))
         stack.enter_context(_only(built, run))
         stack.enter_context(_without_values(built.module, mode, cast))
         batch = _fake(one_document(tokens), mode)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 # oneDNN, which multiplies in 16 bits on CPUs, compiles a kernel for each shape that it has not seen of late, and groups
 # have other lengths in each step. Rounded up there are few of them.
@@ -50,7 +51,7 @@ class Groups:
         moved_E = (ends_E - sizes_E) - (counts_E.cumsum(0) - counts_E)
         places_S = torch.arange(len(order_S), device=order_S.device)
         rows_S = torch.empty_like(order_S).index_copy_(0, order_S, places_S + moved_E[experts])
-        rows = len(rows_S) if rounded == 1 else int(ends_E[-1])
+        rows = _rows(ends_E, len(rows_S), rounded)
         tokens_N = rows_S.new_zeros(rows).index_copy_(0, rows_S, places_S // chosen_TK.shape[1])
         return cls(ends_E.int(), tokens_N, rows_S)
 
@@ -92,6 +93,13 @@ class _Collect(torch.autograd.Function):
         groups: Groups = ctx.groups
         grad_ND = grad_SD.new_zeros(len(groups.tokens_N), grad_SD.shape[1])
         return grad_ND.index_copy_(0, groups.rows_S, grad_SD), None
+
+
+def _rows(ends_E: torch.Tensor, chosen: int, rounded: int) -> int:
+    """Of all groups; where there are no values to look at, as many as there can be."""
+    if rounded == 1:
+        return chosen
+    return chosen + len(ends_E) * (rounded - 1) if isinstance(ends_E, FakeTensor) else int(ends_E[-1])
 
 
 def grouped_product(x_ND: torch.Tensor, weight_EOD: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,8 @@ Most are linear layers, which peft wraps (`target_modules`). Three kinds it only
 (`target_parameters`): fused routed experts; linear layers that compute in a way of their own; and those whose names
 peft moves. peft 0.21 rewrites gate_proj, up_proj and down_proj of architectures whose experts transformers 5 has fused
 to the routed experts, also where the name means a dense layer or a shared expert, and does so again when an adapter is
-loaded (https://github.com/huggingface/peft/issues/3711). A bare parameter costs more in the backward pass, for its
-whole gradient is computed.
+loaded (https://github.com/huggingface/peft/issues/3711). LoRA of bare parameters is computed on the tokens here
+(model/lowrank); the other ways of peft make the gradient of the whole parameter.
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from ray._common.utils import load_class
-from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR as HOOK
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
 from raytune_ds import early
 from raytune_ds.cluster import Scale
 from raytune_ds.config import Config
-from raytune_ds.startup import Startup
+from raytune_ds.startup import HOOK, Startup
 
 
 def node(name: str, cpus: int, alive: bool = True) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def node(name: str, cpus: int, alive: bool = True) -> dict[str, Any]:
 
 def asked(monkeypatch: pytest.MonkeyPatch, job: dict[str, Any], config: Config) -> list[tuple[str, str, int]]:
     """Node, hook and number of all processes that are asked for, three workers wanted, from the node `a`."""
-    nodes = [node("a", 2), node("b", 8), node("c", 1, alive=False)]
+    nodes = [node("b", 8), node("c", 8), node("a", 2), node("d", 8, alive=False)]
     found: list[tuple[str, str, int]] = []
     monkeypatch.setattr(early, "_of_job", lambda: job)
     monkeypatch.setattr(early.ray, "nodes", lambda: nodes)
@@ -31,29 +31,42 @@ def asked(monkeypatch: pytest.MonkeyPatch, job: dict[str, Any], config: Config) 
         early, "_ask", lambda node, env, number: found.append((node["NodeID"], env.get(HOOK, ""), number))
     )
     early.start(config, Scale(3, use_gpu=False, cpus_per_worker=1))
-    return [each for each in found if each[2]]
+    return found
 
 
 class Context:
     get_node_id = staticmethod(lambda: "a")
 
 
-SLIM, ALL = "raytune_ds.early.imports_without_bitsandbytes", "raytune_ds.early.imports"
+ALL, FEW = "raytune_ds.early.imports", "raytune_ds.early.imports_few"
 
 
-def test_each_node_is_asked_for_what_it_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And for as many that read ahead for them; the driver's own, beside that, for those that look after workers."""
+def test_so_many_processes_are_asked_for_as_there_will_be_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as many that read ahead for them; of the driver's own node, beside that, those that look after workers."""
     found = asked(monkeypatch, {}, Config())
-    of_a = [("a", SLIM, 2), ("a", "", 2), ("a", "", early.OVERSEERS), ("a", "", 1)]
-    assert found == [*of_a, ("b", SLIM, 3), ("b", "", 3)]
+    of_a = [("a", ALL, 2), ("a", "", 2), ("a", "", early.OVERSEERS), ("a", "", 1)]
+    assert found == [*of_a, ("b", ALL, 1), ("b", "", 1)]
+
+
+def test_the_hook_is_the_one_that_ray_runs() -> None:
+    assert HOOK == WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+
+
+def test_without_the_package_in_the_environment_there_is_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be looked for before Ray has said where the driver found it."""
+    monkeypatch.setattr(early, "_is_installed", lambda: False)
+    monkeypatch.setattr(early, "_of_job", dict)
+    assert early.runtime_env(Config()) == {}
+    monkeypatch.setattr(early, "_of_job", lambda: {"working_dir": "gcs://it.zip"})
+    assert early.runtime_env(Config()) == {"env_vars": {HOOK: ALL}}
 
 
 @pytest.mark.parametrize(
     ("settings", "hook"),
     [
-        ({}, SLIM),
-        ({"model": {"name": "m", "quantization": "nf4"}}, ALL),
-        ({"train": {"optim": "adamw_8bit"}}, ALL),
+        ({}, ALL),
+        ({"model": {"name": "m", "quantization": "nf4"}}, FEW),
+        ({"train": {"optim": "adamw_8bit"}}, FEW),
     ],
 )
 def test_what_quantizes_is_imported_where_it_is_needed(
@@ -75,7 +88,7 @@ def test_an_import_that_fails_is_not_told_by_the_hook() -> None:
     code = (
         "import sys; sys.modules['peft'] = None\n"
         "from raytune_ds import early\n"
-        "early.imports_without_bitsandbytes()\n"
+        "early.imports()\n"
         "import importlib.util; assert importlib.util.find_spec('bitsandbytes') is None\n"
         "assert 'torch' not in sys.modules"
     )

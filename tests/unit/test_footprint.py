@@ -67,6 +67,7 @@ def happened(made: Built, documents: list[int]) -> Pass:
         ("qwen2", HALF, {"kind": "lora"}),
         ("deepseek-v3", FLOAT, {"kind": "lora"}),
         ("deepseek-v3", HALF, {"kind": "none"}),
+        ("deepseek-v3", HALF, {"kind": "lora", "targets": "experts"}),
     ],
 )
 def test_it_happens_as_it_was_foreseen(
@@ -80,7 +81,9 @@ def test_it_happens_as_it_was_foreseen(
         foretold, found = foreseen(plan, TOKENS), happened(real, [TOKENS])
         # Autocast's copies of weights count as kept, and go after the forward pass; in earnest they are a small part.
         assert found.kept * 0.98 <= foretold.kept <= found.kept * (1.001 if dtype == FLOAT else 1.3)
-        # Where some layers recompute, what one of them makes may count on top of what is kept then.
+        # Where some layers recompute, what one of them makes may count on top of what is kept then. And an expert's
+        # tokens count as filled up as they can be, which is much where there are few of them.
+        most *= 1.1 if adapter.get("targets") == "experts" and dtype == HALF else 1
         assert found.peak * 0.98 <= foretold.peak <= found.peak * most
 
 

@@ -259,7 +259,7 @@ def test_a_restart_keeps_what_was_decided_whatever_is_free_then(
     again = situation(folder, tmp_path, 50 << 20)
     assert fitted(again) == first
     kept = json.loads((tmp_path / "memory.json").read_text())
-    assert kept["cut"] == {"micro_batch": 4, "depth": "none", "needed": first.needed, "memory": 100 * GIB}
+    assert kept[0]["cut"] == {"micro_batch": 4, "depth": "none", "needed": first.needed, "memory": 100 * GIB}
     # Another world, another engine, another wish: decided anew.
     other = situation(folder, tmp_path, 50 << 20)
     for changed in (
@@ -270,6 +270,18 @@ def test_a_restart_keeps_what_was_decided_whatever_is_free_then(
         cut = fitted(changed)
         assert (cut.micro_batch, cut.depth) == (1, "full")
         (tmp_path / "memory.json").write_text(json.dumps(kept))
+
+
+def test_another_gpu_is_decided_for_anew_and_the_first_is_remembered(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tiny_models["qwen2"]
+    large = fitted(situation(folder, tmp_path, 100 * GIB, gpu=True))
+    small = fitted(situation(folder, tmp_path, 50 << 20, gpu=True))
+    assert (large.micro_batch, large.depth) != (small.micro_batch, small.depth)
+    assert small.memory == 50 << 20
+    assert fitted(situation(folder, tmp_path, 100 * GIB, gpu=True)) == large
+    assert len(json.loads((tmp_path / "memory.json").read_text())) == 2
 
 
 def test_all_ranks_hear_the_same_from_the_first(tiny_models: dict[str, Path], tmp_path: Path) -> None:
@@ -347,7 +359,10 @@ def test_a_promise_that_is_not_kept_is_noted_once(monkeypatch: pytest.MonkeyPatc
     log = looked_after(cut, torch.device("cuda", 0), rows.append, said.append)
     for row in ({"eval_loss": 1.0}, {"loss": 1.0}, {"loss": 2.0}):
         log(row)
-    assert said == ["the first step took 4 GiB of the GPU's memory, more than the 3 GiB that were foreseen"]
+    assert said == [
+        "until the end of the first step up to 4 GiB of the GPU's memory were taken, more than the 3 GiB that were "
+        "foreseen"
+    ]
     assert len(rows) == 3
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * GIB)
     looked_after(cut, torch.device("cuda", 0), rows.append, said.append)({"loss": 1.0})

@@ -230,6 +230,23 @@ def test_chunks_of_logits_change_neither_loss_nor_gradient(
     assert sum(head.rows) == len(batch.supervised_N)
 
 
+def test_in_16_bits_gradients_are_rounded_but_not_shifted() -> None:
+    """A factor that 16 bits can't hold is that of all tokens: rounded, all gradients would be off by as much."""
+    torch.manual_seed(0)
+    hidden = torch.randn(200, 16).bfloat16().requires_grad_()
+    weight = torch.randn(50, 16).bfloat16().requires_grad_()
+    targets, factor = torch.randint(0, 50, (200,)), 1 / 384.7
+
+    def gradients_of(above: float) -> tuple[torch.Tensor, ...]:
+        losses = crossentropy.linear_cross_entropy(hidden, weight, None, targets, torch.ones(200))
+        return torch.autograd.grad(losses, (hidden, weight), torch.full((200,), above))
+
+    assert abs(float(torch.tensor(factor).bfloat16().float()) / factor - 1) > 1e-3
+    for scaled, plain in zip(gradients_of(factor), gradients_of(1.0), strict=True):
+        ratio = float((scaled.double() * plain).sum() / plain.double().square().sum())
+        assert ratio == pytest.approx(factor, rel=2e-4)
+
+
 @pytest.mark.parametrize("trained", ["hidden", "weight bias", "hidden weight bias"])
 @pytest.mark.parametrize("count", [0, 2, 9])
 @pytest.mark.parametrize("above", ["a multiple", "anything"])
