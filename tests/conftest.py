@@ -134,9 +134,13 @@ def ray_session() -> Iterator[None]:
 TOKEN = "5a" * 32
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def token_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """A Ray head that wants TOKEN; those who belong to it have it where Ray looks for it, in a home of their own."""
+    """A Ray head that wants TOKEN; those who belong to it have it where Ray looks for it, in a home of their own.
+
+    No longer than it is needed: what Ray Train leaves behind to clean up after dead runs does nothing as long as there
+    is more than one Ray on a machine.
+    """
     home = tmp_path_factory.mktemp("home")
     (home / ".ray").mkdir()
     (home / ".ray" / "auth_token").write_text(TOKEN)
