@@ -19,6 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 # have other lengths in each step. Rounded up there are few of them.
 ROUNDED = 32
 
+# The compute capability from which on there are kernels for groups.
+OLDEST_GPU = (8, 0)
+
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
 Product = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -134,6 +137,9 @@ def experts_forward(
 
 
 def fits(module: nn.Module) -> bool:
-    """Whether a module is fused experts of transformers that compute as `experts_forward` does."""
+    """Whether a module is fused experts of transformers that compute as `experts_forward` does, and are to."""
     facts = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
-    return [getattr(module, fact, None) for fact in facts] == [True, False, False, False, False]
+    if [getattr(module, fact, None) for fact in facts] != [True, False, False, False, False]:
+        return False
+    asked = getattr(module.config, "_experts_implementation", None) in (None, "grouped_mm")
+    return asked and (not torch.cuda.is_available() or torch.cuda.get_device_capability() >= OLDEST_GPU)

@@ -37,7 +37,7 @@ def on_tokens(owner: nn.Module) -> bool:
 
 
 def _is_linear(owner: nn.Module) -> bool:
-    return type(owner).forward is nn.Linear.forward
+    return isinstance(owner, nn.Linear) and type(owner).forward is nn.Linear.forward
 
 
 def compute_on_tokens(ready: nn.Module) -> None:

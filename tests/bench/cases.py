@@ -90,14 +90,13 @@ class Comparison:
 
 
 COMPARISONS = (
-    Comparison("qwen2", "alpaca", 64, TARGETS, ALL),
-    Comparison("qwen2", "alpaca", 64, None, FEW),
-    Comparison("qwen2", "glaive", 32, TARGETS, FEW),
-    Comparison("qwen2", "glaive", 32, None, FEW),
-    Comparison("llama-129k", "alpaca", 32, TARGETS, FEW),
-    Comparison("llama-129k", "glaive", 16, TARGETS, FEW),
-    Comparison("deepseek-v3", "alpaca", 32, MLA_TARGETS, FEW),
-    Comparison("qwen2", "long", 4, TARGETS, FEW),
-    Comparison("qwen2-wide", "alpaca", 32, TARGETS, (OURS, MATMULS, RECIPE[0])),
-    Comparison("qwen2-wide", "alpaca", 32, None, (OURS, MATMULS, RECIPE[0])),
+    Comparison("qwen2", "alpaca", 32, TARGETS, ALL),
+    Comparison("qwen2", "alpaca", 32, None, FEW),
+    Comparison("qwen2", "glaive", 16, TARGETS, FEW),
+    Comparison("qwen2", "glaive", 16, None, FEW),
+    Comparison("llama-129k", "alpaca", 24, TARGETS, FEW),
+    Comparison("deepseek-v3", "alpaca", 24, MLA_TARGETS, FEW),
+    Comparison("qwen2-wide", "alpaca", 16, TARGETS, (OURS, MATMULS)),
+    Comparison("qwen2-wide", "alpaca", 16, None, (OURS, MATMULS)),
+    Comparison("qwen2", "long", 2, TARGETS, FEW),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from tests.bench.peers.case import Case
 from tests.bench.protocol import Passes
 
 ARGUMENTS: dict[str, Any] = {
-    "output_dir": "/tmp/unused",
+    "output_dir": tempfile.mkdtemp(prefix="raytune-bench-"),
     "num_train_epochs": 1000,
     "lr_scheduler_type": "constant",
     "max_grad_norm": 1.0,
