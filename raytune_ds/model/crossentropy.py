@@ -35,11 +35,12 @@ def linear_cross_entropy(
         weight_VE: of the head.
         bias_V: of the head, if it has one.
         targets_N: int64, below V.
-        expected_N: float32; gradients are fastest where the caller multiplies the losses by these, and by one number.
+        expected_N: gradients are fastest where the caller multiplies the losses by these, and by one number. An engine
+            that computes in 16 bits may have rounded them: then only whole numbers are what is expected.
     """
     wanted = torch.is_grad_enabled()
     losses_N: torch.Tensor = _LinearCrossEntropy.apply(
-        hidden_NE, weight_VE, bias_V, targets_N, expected_N, wanted
+        hidden_NE, weight_VE, bias_V, targets_N, expected_N.float(), wanted
     )
     return losses_N
 

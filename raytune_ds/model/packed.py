@@ -55,7 +55,7 @@ class PackedLM(nn.Module):
     def _losses(self, batch: Batch) -> torch.Tensor:
         hidden_BTE = self._end_to_end(batch) if self._runs_end_to_end else self._side_by_side(batch)
         hidden_NE = hidden_BTE[0].index_select(0, batch.supervised_N)
-        return self.losses(hidden_NE, batch)
+        return self.losses(hidden_NE, batch.targets_N, batch.weights_N)
 
     def _side_by_side(self, batch: Batch) -> torch.Tensor:
         """The last hidden states, [B, T, E], of documents in a row each. S = documents, L = the longest of them.
@@ -98,13 +98,12 @@ class TokenLosses(nn.Module):
         super().__init__()
         self._head = (head,)
 
-    def forward(self, hidden_NE: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The negative log-likelihood of each target in nats: float32 [N].
-
-        The batch goes in as it is: an engine that computes in 16 bits would round weights that are tensors here.
-        """
+    def forward(
+        self, hidden_NE: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor
+    ) -> torch.Tensor:
+        """The negative log-likelihood of each target in nats: float32 [N]; `weights_N` is what it will count."""
         (head,) = self._head
         device = hidden_NE.device.type
         if torch.is_autocast_enabled(device):
             hidden_NE = hidden_NE.to(torch.get_autocast_dtype(device))
-        return linear_cross_entropy(hidden_NE, head.weight, head.bias, batch.targets_N, batch.weights_N)
+        return linear_cross_entropy(hidden_NE, head.weight, head.bias, targets_N, weights_N)

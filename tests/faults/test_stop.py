@@ -61,6 +61,23 @@ def _knows_the_secret(process: psutil.Process) -> bool:
     return SECRET in process.environ().values()
 
 
+def test_ctrl_c_leaves_a_run_that_resumes(run: Run, folder: Path, tmp_path: Path) -> None:
+    """Ray's own answer to Ctrl-C would end the process with code 0.
+
+    Before there is another Ray on this machine: Ray Train's own cleaner would not know which of them it is of.
+    """
+
+    def interrupt() -> None:
+        _wait_for_lines(tmp_path / "run" / "metrics.jsonl", 3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(Stopped) as stopped:
+        run("run.name=run", "data.sources=rows.jsonl", *SETTINGS)
+    assert stopped.value.signal == signal.SIGINT
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "stopped"
+
+
 def test_a_stopped_job_resumes_to_the_same_model(
     token_head: Head, folder: Path, tmp_path: Path, calm_losses: list[float]
 ) -> None:
@@ -100,20 +117,6 @@ def test_a_stopped_job_resumes_to_the_same_model(
     ours = resumed.stdout.split("Running entrypoint")[1].split("Job 'raysubmit")[0]
     assert "\r" not in ours
     assert "\x1b[?" not in ours
-
-
-def test_ctrl_c_leaves_a_run_that_resumes(run: Run, folder: Path, tmp_path: Path) -> None:
-    """Ray's own answer to Ctrl-C would end the process with code 0."""
-
-    def interrupt() -> None:
-        _wait_for_lines(tmp_path / "run" / "metrics.jsonl", 3)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(Stopped) as stopped:
-        run("run.name=run", "data.sources=rows.jsonl", *SETTINGS)
-    assert stopped.value.signal == signal.SIGINT
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "stopped"
 
 
 def test_a_job_without_the_token_is_not_accepted(token_head: Head, folder: Path, tmp_path: Path) -> None:
