@@ -90,10 +90,10 @@ class Comparison:
 
 
 COMPARISONS = (
-    Comparison("qwen2", "alpaca", 32, TARGETS, ALL),
-    Comparison("qwen2", "alpaca", 32, None, FEW),
-    Comparison("qwen2", "glaive", 16, TARGETS, FEW),
-    Comparison("qwen2", "glaive", 16, None, FEW),
+    Comparison("qwen2", "alpaca", 24, TARGETS, ALL),
+    Comparison("qwen2", "alpaca", 24, None, FEW),
+    Comparison("qwen2", "glaive", 12, TARGETS, FEW),
+    Comparison("qwen2", "glaive", 12, None, FEW),
     Comparison("llama-129k", "alpaca", 24, TARGETS, FEW),
     Comparison("deepseek-v3", "alpaca", 24, MLA_TARGETS, FEW),
     Comparison("qwen2-wide", "alpaca", 16, TARGETS, (OURS, MATMULS)),
