@@ -34,6 +34,9 @@ ACCUMULATION = 3
 TRAIN = TrainConfig(
     learning_rate=1e-3,
     weight_decay=0.1,
+    # With the customary 1e-8 AdamW makes a whole step of a gradient that is nothing but rounding, and one element of
+    # thousands goes its own way in any two right runs.
+    adam_epsilon=1e-6,
     max_grad_norm=1.0,
     lr_scheduler_type="linear",
     global_batch=GLOBAL_BATCH,
@@ -172,7 +175,9 @@ def reference(folder: Path, kind: str) -> Trace:
         {"params": [p for p in trained.values() if p.ndim >= 2]},
         {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.1, fused=False)
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]], weight_decay=0.1, eps=TRAIN.adam_epsilon, fused=False
+    )
     losses = []
     for step in range(STEPS):
         batch = collate(packs(step))
