@@ -15,6 +15,7 @@ import ray.train
 from ray.train import TrainingFailedError
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.placement_group import remove_placement_group
 
 from raytune_ds import early
 from raytune_ds.assignment import Assignment
@@ -105,13 +106,16 @@ class Fitting:
     def kill(self) -> None:
         """Ends the workers, whatever they are at; what they had not written yet is lost."""
         with contextlib.suppress(ray.exceptions.RayError):
-            controller = ray.get(self._mailbox.controller.remote(), timeout=ABORT_S)
+            controller, places = ray.get(self._mailbox.controller.remote(), timeout=ABORT_S)
             if controller is None:
                 return
             with contextlib.suppress(ray.exceptions.RayError):
                 # An actor that has ended cannot answer: the error is the sign of success.
                 ray.get(controller.abort.remote(), timeout=ABORT_S)
             ray.kill(controller)
+            if places is not None:
+                # Aborting takes seconds, and begins with the end of what would give them back for a dead controller.
+                remove_placement_group(places)
 
     def _fit(self) -> None:
         try:

@@ -40,6 +40,7 @@ class Mailbox:
         self._verdicts: dict[int, asyncio.Future[bool]] = {}
         self._ended = False
         self._controller: Any = None
+        self._places_held: Any = None
         self._stop = asyncio.Event()
 
     # ----------------------------------------------------------------------------------- from the workers
@@ -73,6 +74,10 @@ class Mailbox:
         """Which actor controls the run."""
         self._controller = controller
 
+    def held(self, places: Any) -> None:
+        """The placement group that new workers are in."""
+        self._places_held = places
+
     def group(self, group: dict[int, tuple[str, int]]) -> None:
         """New workers begin: node and process of each rank."""
         self._group, self._places = group, {}
@@ -103,9 +108,9 @@ class Mailbox:
         """The ranks that hold up the others, as of now, and are about to be ended."""
         return self._watch.condemn(time.monotonic())
 
-    def controller(self) -> Any:
-        """The actor that controls the run; None while there is none."""
-        return self._controller
+    def controller(self) -> tuple[Any, Any]:
+        """The actor that controls the run, and the placement group of its workers; None while there is none."""
+        return self._controller, self._places_held
 
     async def judge(self, step: int, goes_on: bool) -> None:
         """The verdict. An end is one for good, should workers have been restarted meanwhile."""
@@ -140,6 +145,13 @@ class Reporter(ControllerCallback, WorkerGroupCallback):
     def after_controller_start(self, train_run_context: Any) -> None:
         """As the controller begins."""
         self._mailbox.controlled_by.remote(ray.get_runtime_context().current_actor)
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Once new workers are there."""
+        super().after_worker_group_start(worker_group)
+        self._mailbox.held.remote(
+            worker_group.get_worker_group_state().placement_group_handle.placement_group
+        )
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         """Once new workers are at work."""
