@@ -150,6 +150,7 @@ def _ask(node: dict[str, Any], env_vars: dict[str, str], number: int) -> None:
         env, sort_keys=True, separators=(",", ":"), ensure_ascii=False
     )
     address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+    # A node that does not answer starts its processes later, when Ray Train asks for them.
     with init_grpc_channel(address) as channel, contextlib.suppress(Exception):
         node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=ASK_S)
 

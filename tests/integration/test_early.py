@@ -36,7 +36,7 @@ def test_a_worker_is_a_process_that_waited(run: Run) -> None:
     early.start(config, cluster.plan_scale(config.scaling, config.train.global_batch))
     end = time.monotonic() + DEADLINE_S
     while not (there := set(waiting()) - before) and time.monotonic() < end:
-        time.sleep(0.1)
+        time.sleep(0.1)  # between two looks, not in place of one
     assert len(there) == 1
     result = run("run.name=early", *settings)
     phases = list(result.startup_s.values())
@@ -45,5 +45,5 @@ def test_a_worker_is_a_process_that_waited(run: Run) -> None:
     (pid,) = there
     end = time.monotonic() + early.KEPT_S / 4
     while psutil.pid_exists(pid) and time.monotonic() < end:
-        time.sleep(0.1)
+        time.sleep(0.1)  # as above
     assert not psutil.pid_exists(pid)
