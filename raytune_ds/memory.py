@@ -187,9 +187,8 @@ class Situation:
             "train": [self.train.micro_batch, self.train.activation_checkpointing],
             "world": [self.world.size, self.world.device.type],
             "engine": [self.choice.kind, self.choice.settings.model_dump(mode="json")],
-            "memory": self.memory
-            if self.sizes.gpu
-            else None,  # a GPU's is that of its kind; of a node's, what is free
+            # A GPU's is that of its kind; a node's is what happens to be free.
+            "memory": self.memory if self.sizes.gpu else None,
         }
 
 
