@@ -22,7 +22,7 @@ def node(name: str, cpus: int, alive: bool = True) -> dict[str, Any]:
 
 def asked(monkeypatch: pytest.MonkeyPatch, job: dict[str, Any], config: Config) -> list[tuple[str, str, int]]:
     """Node, hook and number of all processes that are asked for, three workers wanted, from the node `a`."""
-    nodes = [node("b", 8), node("c", 8), node("a", 2), node("d", 8, alive=False)]
+    nodes = [node("d", 8, alive=False), node("b", 8), node("c", 8), node("a", 2)]
     found: list[tuple[str, str, int]] = []
     monkeypatch.setattr(early, "_of_job", lambda: job)
     monkeypatch.setattr(early.ray, "nodes", lambda: nodes)
