@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_ds.adapterconfig import PLANNING, TOTAL_STEPS, AdapterConfig
-from raytune_ds.checkpoint import Manifest
+from raytune_ds.catalog import Manifest
 from raytune_ds.config import Config, ModelConfig
 from raytune_ds.data.store import Store
 from raytune_ds.data.tokenizer import TokenizerSpec
 from raytune_ds.errors import UserError
-from raytune_ds.loop import Plan
+from raytune_ds.milestones import Plan
 from raytune_ds.rundir import RunDir
 from raytune_ds.section import Setting, as_mapping
 from raytune_ds.tracking import Group

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raytune_ds import checkpoint
+from raytune_ds import catalog
 from raytune_ds.config import ModelConfig
 from raytune_ds.rundir import RunDir
 
@@ -42,7 +42,7 @@ def commit(run: RunDir, name: str) -> str | None:
         None where the checkpoints are gone, or it is no model of the hub.
     """
     try:
-        manifest = checkpoint.newest_complete(run.checkpoints)
+        manifest = catalog.newest_complete(run.checkpoints)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return commit_in(str(manifest.identity.get("model.weights", "")) if manifest else "", name)

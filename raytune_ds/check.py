@@ -8,25 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from transformers import PreTrainedModel
 
-from raytune_ds import hub, storage
+from raytune_ds import storage
+from raytune_ds.adapterreport import AdapterReport
 from raytune_ds.assignment import Base
 from raytune_ds.compatible import EIGHT_BIT, conflicts
 from raytune_ds.compose import replaced
 from raytune_ds.config import Config, ModelConfig
 from raytune_ds.console import say
 from raytune_ds.data.inputs import Inputs
-from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
+from raytune_ds.data.tokenizer import TokenizerSpec
 from raytune_ds.demo.data import domain_rows, write_rows
-from raytune_ds.engines.ds import config as dsconfig
 from raytune_ds.errors import UserError
-from raytune_ds.model import adapterreport, quantize
-from raytune_ds.model.adapterreport import AdapterReport
-from raytune_ds.model.load import skeleton
-from raytune_ds.model.weights import fingerprint
+from raytune_ds.found import Found, keep, key_of, recall
+from raytune_ds.model.folder import fingerprint
 from raytune_ds.rundir import RunDir
-from raytune_ds.settle import settled
 
 
 @dataclass(frozen=True)
@@ -75,13 +71,18 @@ def check(config: Config, to_train: bool = True) -> Checked:
     for line in inputs.summary():
         say(f"data: {line}")
     model = _located(config, inputs, root)
-    base_model = skeleton(model)
-    config, made = settled(config, model, base_model, root)
-    report = adapterreport.report(base_model, config.adapter, made)
-    base = Base(*_identity(model), report.total, report.trainable, *_quantized(base_model, model))
     tokenizer = TokenizerSpec.of(model, config.data.chat_template)
-    load_tokenizer(tokenizer)
-    return Checked(config, root, inputs, model, tokenizer, report, base, ds_config)
+    found = _found(config, model, tokenizer, root)
+    return Checked(
+        config=_settled(config, model, found),
+        root=root,
+        inputs=inputs,
+        model=model,
+        tokenizer=replace(tokenizer, traits=found.traits),
+        report=found.report,
+        base=found.base,
+        ds_config=ds_config,
+    )
 
 
 def vary(base: Checked, config: Config) -> Checked:
@@ -96,25 +97,52 @@ def vary(base: Checked, config: Config) -> Checked:
     inputs = base.inputs if same_data else Inputs.find(config.data)
     inputs.require_formats_of(config.objective.kind)
     model = base.model if same_model else _located(config, inputs, base.root)
-    same_adapter = same_model and config.adapter == base.config.adapter
-    report, weights = base.report, base.base
-    if not same_adapter:
-        base_model = skeleton(model)
-        config, made = settled(config, model, base_model, base.root)
-        report = adapterreport.report(base_model, config.adapter, made)
-        if not same_model:
-            quantized = _quantized(base_model, model)
-            weights = Base(*_identity(model), report.total, report.trainable, *quantized)
+    if same_model and config.adapter == base.config.adapter:
+        return replace(base, config=config, inputs=inputs, ds_config=_vary_engine(base, config))
+    tokenizer = base.tokenizer if same_model else TokenizerSpec.of(model, config.data.chat_template)
+    found = _found(config, model, tokenizer, base.root)
     return Checked(
-        config=config,
+        config=_settled(config, model, found),
         root=base.root,
         inputs=inputs,
         model=model,
-        tokenizer=base.tokenizer if same_model else TokenizerSpec.of(model, config.data.chat_template),
-        report=report,
-        base=replace(weights, total=report.total, trainable=report.trainable),
+        tokenizer=replace(tokenizer, traits=found.traits),
+        report=found.report,
+        base=found.base,
         ds_config=_vary_engine(base, config),
     )
+
+
+def _found(config: Config, model: ModelConfig, tokenizer: TokenizerSpec, root: str) -> Found:
+    """What an earlier launch found of the model, or a look at it.
+
+    Raises:
+        UserError: there is no such model, or it does not go with the config.
+    """
+    weights = _fingerprint(Path(model.name))
+    key = key_of(config, model, weights, tokenizer) if weights else None
+    if key is not None and (found := recall(root, key)) is not None:
+        return found
+    from raytune_ds.look import look  # torch takes seconds to import
+
+    found = look(config, model, weights, tokenizer, root)
+    if key is not None:
+        keep(root, key, found)
+    return found
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """Of the weights of a model directory; None for one of the hub, and where loading it will tell what is wrong."""
+    try:
+        return fingerprint(folder) if folder.is_dir() else None
+    except OSError:
+        return None
+
+
+def _settled(config: Config, model: ModelConfig, found: Found) -> Config:
+    """The config as workers are told it; they run in other folders, as whoever reads config.json does."""
+    name = model.name if Path(config.model.name).expanduser().is_dir() else config.model.name
+    return replaced(config, model={"name": name}, adapter=found.adapter.model_dump(mode="json"))
 
 
 def _vary_engine(base: Checked, config: Config) -> dict[str, Any] | None:
@@ -126,6 +154,8 @@ def _vary_engine(base: Checked, config: Config) -> dict[str, Any] | None:
     if config.engine != base.config.engine:
         return _check_engine(config)
     if config.engine.asks_for_zero:
+        from raytune_ds.engines.ds import config as dsconfig
+
         dsconfig.check(base.ds_config, config.train, config.engine, dtype=config.model.dtype)
     return base.ds_config
 
@@ -167,6 +197,8 @@ def _check_engine(config: Config) -> dict[str, Any] | None:
     engine = config.engine
     if not engine.asks_for_zero:
         return None
+    from raytune_ds.engines.ds import config as dsconfig
+
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             "engine: its keys ask for DeepSpeed (kind=zero, stage, config or offload=optimizer), and "
@@ -175,16 +207,6 @@ def _check_engine(config: Config) -> dict[str, Any] | None:
     given = dsconfig.load(engine.config) if engine.config is not None else None
     dsconfig.check(given, config.train, engine, dtype=config.model.dtype)
     return given
-
-
-def _quantized(base_model: PreTrainedModel, model: ModelConfig) -> tuple[int, int]:
-    """How many parameters are held in few bits, and what they take.
-
-    Raises:
-        UserError: what does it is not installed.
-    """
-    held = quantize.packings(base_model, model.quantization).values()
-    return sum(packing.shape.numel() for packing in held), sum(packing.nbytes for packing in held)
 
 
 def _check_optimizer(config: Config) -> None:
@@ -197,15 +219,6 @@ def _check_optimizer(config: Config) -> None:
     if config.scaling.use_gpu is False:
         for reason in conflicts({"train.optim": optim, "device": "cpu"}):
             raise UserError(f"{reason} (scaling.use_gpu is false)")
-
-
-def _identity(model: ModelConfig) -> tuple[str, str | None]:
-    """What tells the model's weights from others, and the commit of a model of the hub."""
-    folder = Path(model.name)
-    if folder.is_dir():
-        return fingerprint(folder), None
-    revision = hub.commit_of(model.name)
-    return f"{model.name}@{revision}", revision
 
 
 def _with_default_data(config: Config, root: str) -> Config:
@@ -253,11 +266,13 @@ def _located(config: Config, inputs: Inputs, root: str) -> ModelConfig:
 
 
 def _build_tiny(config: Config, inputs: Inputs, root: str) -> Path:
-    from raytune_ds.model import tiny
-
     architecture = config.model.name.removeprefix("tiny:")
     key = xxhash.xxh3_64_hexdigest("/".join((architecture, str(config.run.seed), *inputs.contents)).encode())
     target = Path(_local_root(root)) / ".models" / f"tiny-{architecture}-{key}"
+    if target.exists():
+        return target
+    from raytune_ds.model import tiny
+
     return tiny.build(architecture, inputs.sample_texts, config.run.seed, target)
 
 

@@ -22,13 +22,12 @@ from raytune_ds.assignment import Assignment
 from raytune_ds.cluster import Scale
 from raytune_ds.console import warn
 from raytune_ds.downtime import Downtime
+from raytune_ds.ending import Outcome
 from raytune_ds.mailbox import Event, Reporter, open_mailbox
-from raytune_ds.rayworker import worker_main
 from raytune_ds.rescue import rescue
 from raytune_ds.rundir import RunDir
 from raytune_ds.startup import Startup
 from raytune_ds.torchgroup import NodesTorchConfig
-from raytune_ds.worker import Outcome
 
 POLL_S = 0.3
 ANSWER_S = 30.0
@@ -140,9 +139,16 @@ class _Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray's, untyped
         ]
 
 
+def _work(assignment: Assignment, mailbox: Any, is_judged: bool) -> Outcome:
+    """In a worker, which has torch; the driver needs none."""
+    from raytune_ds.rayworker import worker_main
+
+    return worker_main(assignment, mailbox, is_judged)
+
+
 def _trainer(assignment: Assignment, scale: Scale, mailbox: Any, is_judged: bool) -> _Trainer:
     return _Trainer(
-        partial(worker_main, assignment=assignment, mailbox=mailbox, is_judged=is_judged),
+        partial(_work, assignment=assignment, mailbox=mailbox, is_judged=is_judged),
         backend_config=NodesTorchConfig(
             model=assignment.model,
             revision=assignment.base.revision,

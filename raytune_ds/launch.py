@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.train import TrainingFailedError
 
-from raytune_ds import checkpoint, cluster, lease, storage
+from raytune_ds import catalog, cluster, lease, storage
 from raytune_ds.assignment import Assignment, harmless_changes, require_same_run
 from raytune_ds.check import Checked, check
 from raytune_ds.compose import dump, load, replaced
@@ -20,6 +20,7 @@ from raytune_ds.data.gate import require_sound
 from raytune_ds.data.prepare import prepare
 from raytune_ds.display import Display, shares_of_time
 from raytune_ds.downtime import Restart
+from raytune_ds.ending import Outcome
 from raytune_ds.errors import UserError
 from raytune_ds.fitting import Fitting, Watcher
 from raytune_ds.naming import stem
@@ -27,7 +28,6 @@ from raytune_ds.preflight import preflight
 from raytune_ds.rundir import RunDir
 from raytune_ds.startup import Startup
 from raytune_ds.stopping import stoppable
-from raytune_ds.worker import Outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ def train(assignment: Assignment, scale: cluster.Scale, startup: Startup, watche
 
 def _newest_progress(run: RunDir) -> dict[str, Any] | None:
     """What a run had counted at its newest complete checkpoint; None if there is none."""
-    manifest = checkpoint.newest_complete(run.checkpoints)
+    manifest = catalog.newest_complete(run.checkpoints)
     return manifest.progress if manifest else None
 
 
@@ -215,7 +215,7 @@ def _claim(assignment: Assignment) -> None:
     How it ended the last time is no longer true.
     """
     before = _config_before(assignment.run)
-    if before is not None and checkpoint.steps(assignment.run.checkpoints):
+    if before is not None and catalog.steps(assignment.run.checkpoints):
         for change in harmless_changes(assignment, before):
             say(f"going on with another setting than before: {change}")
     storage.make_dir(assignment.run.path)
@@ -241,7 +241,7 @@ def _finished_before(assignment: Assignment) -> Result | None:
         UserError: its newest checkpoint was made with other settings.
     """
     # Workers look closer; this answers at once in the usual case, and before anything of the run is changed.
-    if (manifest := checkpoint.newest_complete(assignment.run.checkpoints)) is not None:
+    if (manifest := catalog.newest_complete(assignment.run.checkpoints)) is not None:
         require_same_run(assignment, manifest, _config_before(assignment.run))
     values = storage.read_json(assignment.run.result)
     if values is None or values["status"] != "finished" or not storage.exists(assignment.run.final):

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytune_ds import checkpoint, combine, storage
+from raytune_ds import catalog, combine, storage
 from raytune_ds.before import commit_in
 from raytune_ds.config import ModelConfig
 from raytune_ds.data.order import Place
 from raytune_ds.errors import UserError
 from raytune_ds.logits import MAX_DOCUMENTS
-from raytune_ds.model.weights import fingerprint, locate
+from raytune_ds.model.folder import fingerprint
+from raytune_ds.model.weights import locate
 from raytune_ds.rundir import RunDir
 from raytune_ds.trained import Trained
 
@@ -141,7 +142,7 @@ def _known(run: RunDir) -> tuple[dict[str, Any], tuple[Sequence[int], ...]]:
 def _identity(run: RunDir) -> dict[str, Any]:
     """What the newest checkpoint says the run was made with; empty where there is none."""
     try:
-        manifest = checkpoint.newest_complete(run.checkpoints)
+        manifest = catalog.newest_complete(run.checkpoints)
     except (OSError, ValueError, KeyError, TypeError):
         manifest = None
     return dict(manifest.identity) if manifest else {}

@@ -17,11 +17,12 @@ import torch
 from raytune_ds import stacks
 from raytune_ds.assignment import Assignment
 from raytune_ds.data.stream import stream
+from raytune_ds.ending import Outcome
 from raytune_ds.hooks import Orders
 from raytune_ds.stacks import Place
 from raytune_ds.startup import HOOK
 from raytune_ds.watch import Pulse
-from raytune_ds.worker import Outcome, run_worker
+from raytune_ds.worker import run_worker
 from raytune_ds.world import World
 
 BEAT_S = 5.0

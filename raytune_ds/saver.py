@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import xxhash
 
-from raytune_ds import checkpoint, storage
-from raytune_ds.checkpoint import CheckpointError, Manifest, Reader, ShardFile
+from raytune_ds import catalog, checkpoint, storage
+from raytune_ds.catalog import CheckpointError, Manifest, ShardFile
+from raytune_ds.checkpoint import Reader
 from raytune_ds.config import CheckpointConfig
 from raytune_ds.engines import Engine, Piece
 from raytune_ds.errors import UserError
@@ -141,7 +142,7 @@ class Saver:
 
     def _write(self, label: Label, pieces: Pieces, updates: int) -> None:
         started = time.perf_counter()
-        path = checkpoint.directory(self._root, label.step)
+        path = catalog.directory(self._root, label.step)
         try:
             try:
                 manifest = self._written(path, label, pieces, updates)
@@ -167,9 +168,9 @@ class Saver:
         freed = False
         if self._world.is_main:
             with contextlib.suppress(OSError):
-                before = checkpoint.steps(self._root)
+                before = catalog.steps(self._root)
                 checkpoint.prune(self._root, keep=1, newest=step)
-                freed = checkpoint.steps(self._root) != before
+                freed = catalog.steps(self._root) != before
         return bool(self._world.broadcast(freed))
 
     def _written(self, path: str, label: Label, pieces: Pieces, updates: int) -> Manifest:
@@ -190,7 +191,7 @@ class Saver:
 
         def finish() -> None:
             assert manifest is not None
-            checkpoint.write_manifest(path, manifest)
+            catalog.write_manifest(path, manifest)
 
         try:
             self._together(clear, main_only=True)

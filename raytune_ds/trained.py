@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import ValidationError
 
-from raytune_ds import checkpoint, storage
+from raytune_ds import catalog, storage
 from raytune_ds.before import Base, commit
 from raytune_ds.check import check
 from raytune_ds.compose import replaced
@@ -18,7 +18,7 @@ from raytune_ds.data import prepared
 from raytune_ds.data.order import Order
 from raytune_ds.data.store import Store
 from raytune_ds.errors import UserError
-from raytune_ds.loop import Plan
+from raytune_ds.milestones import Plan
 from raytune_ds.rundir import RunDir
 
 FOLDERS_ABOVE = 3
@@ -55,7 +55,7 @@ class Trained:
         run = RunDir(storage.absolute(path))
         try:
             config = _config(run, path)
-            manifest = checkpoint.newest_complete(run.checkpoints)
+            manifest = catalog.newest_complete(run.checkpoints)
             identity = manifest.identity if manifest else {}
             store = _store(run, config, identity.get("data"))
             rows = _steps(run)

@@ -9,23 +9,25 @@ import copy
 import platform
 import resource
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from raytune_ds import allocator, checkpoint, engines, storage
+from raytune_ds import allocator, catalog, checkpoint, engines, storage
 from raytune_ds.assignment import Assignment, require_same_run
 from raytune_ds.bysource import Sources
-from raytune_ds.checkpoint import Manifest, Reader
+from raytune_ds.catalog import Manifest
+from raytune_ds.checkpoint import Reader
 from raytune_ds.data.batch import Batch, read
 from raytune_ds.data.chat import as_trained
 from raytune_ds.data.order import Order
 from raytune_ds.data.share import Share
 from raytune_ds.data.store import Store
 from raytune_ds.data.tokenizer import load_tokenizer
+from raytune_ds.ending import Outcome
 from raytune_ds.engines.choose import Choice, Sizes, choose
 from raytune_ds.errors import UserError
 from raytune_ds.export import Final, describe, save_final
@@ -35,10 +37,10 @@ from raytune_ds.memory import Cut, Situation, busy_packs, fitted, looked_after
 from raytune_ds.model import initial
 from raytune_ds.model.build import Built, build
 from raytune_ds.model.flops import Flops, Utilisation, peak_flops
+from raytune_ds.model.folder import fingerprint
 from raytune_ds.model.initial import Initial
 from raytune_ds.model.kernels import Kernels
 from raytune_ds.model.load import compute_dtype
-from raytune_ds.model.weights import fingerprint
 from raytune_ds.modelcard import model_card
 from raytune_ds.modelfiles import ExportError
 from raytune_ds.objectives import OBJECTIVES
@@ -54,31 +56,6 @@ OpenStream = Callable[[Store, Share, range], Iterator[list[Batch]]]
 """How the batches of some steps come to this worker."""
 
 EVAL_BATCH = 16
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a worker ended.
-
-    Attributes:
-        error: what the user has to mend; None if all went well.
-        progress: where the run stands.
-        peak_memory_mib: the most memory each rank held: of the GPU, or the process.
-        engine: that was taken.
-        trainable: parameters that were trained.
-        final_bytes: size of final/.
-        stopped: whether it was ended early, by its judge; it has no final/ then.
-        num_workers: at the end.
-    """
-
-    error: str | None = None
-    progress: dict[str, Any] | None = None
-    peak_memory_mib: tuple[float, ...] = ()
-    engine: str = ""
-    trainable: int = 0
-    final_bytes: int = 0
-    stopped: bool = False
-    num_workers: int = 0
 
 
 def run_worker(
@@ -428,10 +405,10 @@ def _save_final(
         UserError: that checkpoint could not be written.
     """
     config, run = assignment.config, assignment.run
-    path = checkpoint.directory(run.checkpoints, progress.step)
+    path = catalog.directory(run.checkpoints, progress.step)
     try:
         reader = Reader(path, checkpoint.verify(path, world))
-    except checkpoint.CheckpointError as error:
+    except catalog.CheckpointError as error:
         raise UserError(
             f"all steps are done, but their checkpoint is not complete: {error}\nMake room under run.storage; the same "
             f"command with run.name={run.name} goes on from the one before."

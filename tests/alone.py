@@ -12,10 +12,11 @@ from raytune_ds.config import Config
 from raytune_ds.data.batch import read
 from raytune_ds.data.store import Store
 from raytune_ds.data.tokenizer import TokenizerSpec
+from raytune_ds.ending import Outcome
 from raytune_ds.hooks import Orders, Report
-from raytune_ds.model.weights import fingerprint
+from raytune_ds.model.folder import fingerprint
 from raytune_ds.rundir import RunDir
-from raytune_ds.worker import Outcome, run_worker
+from raytune_ds.worker import run_worker
 from raytune_ds.world import World
 from tests.stores import store_of
 

@@ -47,6 +47,16 @@ class Job:
         """For each input the index of its source."""
         return tuple(item.source.index for item in self.inputs)
 
+    @property
+    def places(self) -> dict[str, Any]:
+        """What a manifest says of where rows come from."""
+        return {
+            "files": tuple(item.file.path for item in self.inputs),
+            "formats": {item.file.path: item.format for item in self.inputs},
+            "sources": tuple(source.name for source in self.sources),
+            "file_sources": self.source_of_file,
+        }
+
 
 @dataclass
 class Tally:

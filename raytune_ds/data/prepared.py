@@ -6,10 +6,9 @@ import hashlib
 import json
 
 from raytune_ds.config import Config
-from raytune_ds.data import tokenizer as tokenizers
 from raytune_ds.data.inputs import Inputs
 from raytune_ds.data.store import VERSION
-from raytune_ds.data.tokenizer import TokenizerSpec
+from raytune_ds.data.tokenizer import TokenizerSpec, traits_of
 
 FOLDER = ".prepared"
 """Below `run.storage`, where all stores are."""
@@ -27,7 +26,7 @@ def fingerprint_of(config: Config, inputs: Inputs, tokenizer: TokenizerSpec) -> 
             [source.model_dump(mode="json", exclude={"path"}) for source in sources or ()]
             for sources in (config.data.sources, config.data.eval.sources)
         ],
-        "tokenizer": tokenizers.fingerprint(tokenizer),
+        "tokenizer": traits_of(tokenizer).fingerprint,
         "data": config.data.model_dump(mode="json", exclude={"sources", "chat_template", "on_finding"})
         | {"eval": config.data.eval.fraction},
         "seed": config.run.seed,

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the preparation wants to know of a tokenizer.
+
+    Attributes:
+        fingerprint: a hash over everything that decides which tokens a row becomes.
+        chats: whether it has a chat template.
+    """
+
+    fingerprint: str
+    chats: bool
 
 
 @dataclass(frozen=True)
@@ -21,6 +34,7 @@ class TokenizerSpec:
         trust_remote_code: whether the model's own Python may run.
         added: tokens in addition to its own.
         added_special: control tokens in addition.
+        traits: where they are known; loading a tokenizer takes seconds of imports.
     """
 
     name: str
@@ -28,6 +42,7 @@ class TokenizerSpec:
     trust_remote_code: bool = False
     added: tuple[str, ...] = ()
     added_special: tuple[str, ...] = ()
+    traits: Traits | None = field(default=None, compare=False)
 
     @staticmethod
     def of(model: ModelConfig, chat_template_file: str | None = None) -> TokenizerSpec:
@@ -75,10 +90,17 @@ def load_tokenizer(spec: TokenizerSpec):  # type: ignore[no-untyped-def]  # tran
     return tokenizer
 
 
-def fingerprint(spec: TokenizerSpec) -> str:
-    """A hash over everything that decides which tokens a row becomes."""
+def traits_of(spec: TokenizerSpec) -> Traits:
+    """Those that it is known to have, or else what loading it shows.
+
+    Raises:
+        UserError: there is no tokenizer.
+    """
+    if spec.traits is not None:
+        return spec.traits
     tokenizer = load_tokenizer(spec)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     state = [vocabulary, str(tokenizer.chat_template), str(tokenizer.special_tokens_map)]
-    return hashlib.blake2b("\0".join(state).encode(), digest_size=16).hexdigest()
+    fingerprint = hashlib.blake2b("\0".join(state).encode(), digest_size=16).hexdigest()
+    return Traits(fingerprint, chats=bool(tokenizer.chat_template))

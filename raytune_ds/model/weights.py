@@ -7,8 +7,6 @@ FP8 weights are scaled back as they are read.
 
 from __future__ import annotations
 
-import fnmatch
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -18,7 +16,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import xxhash
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -33,15 +30,13 @@ from transformers.core_model_loading import (
 
 from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
+from raytune_ds.model.folder import PATTERNS, damaged, files
 from raytune_ds.tensorfile import TensorFile
 
 Read = Callable[[str, int, int], torch.Tensor]
 """Elements [start, stop) of the parameter or buffer of that name in row-major order, one-dimensional, on the CPU."""
 
-_PATTERNS = ("*.safetensors", "*.bin")  # the second only where there is none of the first
-_SINGLE = {"*.safetensors": "model.safetensors", "*.bin": "pytorch_model.bin"}
 _SCALE = "_scale_inv"
-_SAMPLES, _SAMPLE_BYTES = 64, 1024
 _MEAN_ELEMENTS = 1 << 26  # read at a time to take a mean
 
 
@@ -288,51 +283,14 @@ def _open(path: Path) -> File:
     try:
         return TensorFile(str(path)) if path.suffix == ".safetensors" else _PickledFile(path)
     except Exception as error:  # torch.load has many for a damaged file
-        raise UserError(_damaged(path, error)) from error
+        raise UserError(damaged(path, error)) from error
 
 
 def _names(file: File) -> Iterable[str]:
     try:
         return file.shapes
     except (OSError, ValueError, TypeError, KeyError, LookupError) as error:
-        raise UserError(_damaged(file.path, error)) from error
-
-
-def _damaged(path: str | Path, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix(f"{path}: ")
-    return f"model.name: {path}: can't be read as weights: {reason}. Fetch or copy the model again."
-
-
-def files(folder: Path) -> list[Path]:
-    """The weight files of a model directory: those of its index where it has one.
-
-    Raises:
-        UserError: there are none, or one that the index names is missing.
-    """
-    for pattern in _PATTERNS:
-        if (single := folder / _SINGLE[pattern]).is_file():  # as transformers looks for them
-            return [single]
-        if indexes := sorted(folder.glob(f"{pattern}.index.json")):
-            named = _named_in(indexes[0])
-            if missing := sorted(name for name in named if not (folder / name).is_file()):
-                raise UserError(
-                    f"model.name: {folder}: {indexes[0].name} names files that are not there: {missing[:3]}"
-                )
-            return [folder / name for name in sorted(named)]
-        if found := sorted(path for path in folder.glob(pattern) if _is_model_file(path.name)):
-            return found
-    raise UserError(f"model.name: {folder}: has no weights (*.safetensors or pytorch_model*.bin).")
-
-
-def _named_in(index: Path) -> set[str]:
-    try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(_damaged(index, error)) from error
-
-
-def _is_model_file(name: str) -> bool:
-    return any(fnmatch.fnmatch(name, p) for p in ("model*.safetensors", "pytorch_model*.bin"))
+        raise UserError(damaged(file.path, error)) from error
 
 
 def locate(config: ModelConfig, revision: str | None) -> Path:
@@ -349,7 +307,7 @@ def locate(config: ModelConfig, revision: str | None) -> Path:
     if folder.is_dir():
         return folder
     for local_only in (True, False):
-        for pattern in _PATTERNS:
+        for pattern in PATTERNS:
             try:
                 place = Path(
                     snapshot_download(
@@ -364,24 +322,6 @@ def locate(config: ModelConfig, revision: str | None) -> Path:
             except (OSError, UserError, ValueError) as error:
                 reason = error
     raise UserError(f"model.name = {config.name}: can't be downloaded: {reason}") from reason
-
-
-def fingerprint(folder: Path) -> str:
-    """Tells one base model from another: a hash of the files' sizes and of samples all over them.
-
-    Whatever retrains or rebuilds a model changes nearly every weight, so samples are enough; hashing all of a large
-    model would take minutes.
-    """
-    digest = xxhash.xxh3_128()
-    digest.update((folder / "config.json").read_bytes())
-    for path in files(folder):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            for index in range(_SAMPLES):
-                file.seek(index * size // _SAMPLES)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def is_block_fp8(quantization: Mapping[str, Any]) -> bool:

@@ -17,10 +17,10 @@ from typing import Any
 import xxhash
 from ray.train import TrainingFailedError
 
-from raytune_ds import checkpoint, cluster
+from raytune_ds import catalog, cluster
 from raytune_ds.assignment import Assignment
+from raytune_ds.catalog import CheckpointError
 from raytune_ds.check import Checked, vary
-from raytune_ds.checkpoint import CheckpointError
 from raytune_ds.compose import replaced
 from raytune_ds.config import Config, ScalingConfig
 from raytune_ds.errors import UserError
@@ -189,7 +189,7 @@ class Attempt:
 
     def _known(self, reports: Reports) -> Iterator[Report]:
         """What the run reported up to its newest checkpoint, and after the one it was begun from."""
-        manifest = checkpoint.newest_complete(self.run.checkpoints)
+        manifest = catalog.newest_complete(self.run.checkpoints)
         if manifest is None:
             return
         first = self._origin.step if self._origin else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from raytune_ds import checkpoint, storage
+from raytune_ds import catalog, storage
 from raytune_ds.assignment import differences
 from raytune_ds.rundir import RunDir, to_lines
 from raytune_ds.sweep.space import MUTABLE
@@ -38,13 +38,13 @@ def fork(source: RunDir, step: int, target: RunDir, identity: dict[str, Any]) ->
     Raises:
         CheckpointError: there is no such checkpoint.
     """
-    if checkpoint.newest_complete(target.checkpoints) is not None:
+    if catalog.newest_complete(target.checkpoints) is not None:
         return
-    path, copy = (checkpoint.directory(run.checkpoints, step) for run in (source, target))
-    manifest = checkpoint.read_manifest(path)
+    path, copy = (catalog.directory(run.checkpoints, step) for run in (source, target))
+    manifest = catalog.read_manifest(path)
     storage.write_bytes(target.metrics, to_lines(row for row in source.read_metrics() if row["step"] <= step))
     for name in storage.list_names(source.initial):  # an adapter is relative to what it began with
         storage.copy(f"{source.initial}/{name}", f"{target.initial}/{name}")
     for file in manifest.files:
         storage.copy(f"{path}/{file.name}", f"{copy}/{file.name}")
-    checkpoint.write_manifest(copy, replace(manifest, identity=identity))
+    catalog.write_manifest(copy, replace(manifest, identity=identity))

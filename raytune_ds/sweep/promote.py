@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from raytune_ds import checkpoint, cluster, lease
+from raytune_ds import catalog, cluster, lease
 from raytune_ds.assignment import Assignment
 from raytune_ds.check import check
 from raytune_ds.compose import replaced
@@ -63,7 +63,7 @@ def _begin_with(trial: RunDir, name: str, assignment: Assignment) -> None:
     Raises:
         UserError: there is none, or its run could not have led to this one.
     """
-    manifest = checkpoint.newest_complete(trial.checkpoints)
+    manifest = catalog.newest_complete(trial.checkpoints)
     if manifest is None:
         raise UserError(
             f"{trial.path} has no checkpoint to go on from; --promote anew trains it from the start."
@@ -79,6 +79,6 @@ def _begin_with(trial: RunDir, name: str, assignment: Assignment) -> None:
             f"trial {name} has done {manifest.step} steps, more than the {assignment.plan.total_steps} of the config; "
             "raise train.num_train_epochs or train.max_steps."
         )
-    if checkpoint.newest_complete(assignment.run.checkpoints) is None:
+    if catalog.newest_complete(assignment.run.checkpoints) is None:
         say(f"from its checkpoint of step {manifest.step}; {assignment.plan.total_steps} steps in all")
     fork(trial, manifest.step, assignment.run, assignment.identity)

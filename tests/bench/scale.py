@@ -25,7 +25,8 @@ from rich.table import Table
 
 from raytune_ds import engines
 from raytune_ds.adapterconfig import AdapterConfig
-from raytune_ds.checkpoint import Reader, directory, read_manifest
+from raytune_ds.catalog import directory, read_manifest
+from raytune_ds.checkpoint import Reader
 from raytune_ds.config import CheckpointConfig, EngineConfig, ModelConfig, TrainConfig
 from raytune_ds.data.batch import collate
 from raytune_ds.export import save_final

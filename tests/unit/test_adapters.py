@@ -14,10 +14,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytune_ds.adapterconfig import AdapterConfig
+from raytune_ds.adapterreport import AdapterReport
 from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
 from raytune_ds.model import adapters, tiny
-from raytune_ds.model.adapterreport import AdapterReport, report
+from raytune_ds.model.adapterreport import report
 from raytune_ds.model.initial import Initial
 from raytune_ds.model.load import skeleton
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from raytune_ds import checkpoint, storage
+from raytune_ds import catalog, checkpoint, storage
 from raytune_ds.assignment import Assignment
-from raytune_ds.checkpoint import CheckpointError
+from raytune_ds.catalog import CheckpointError
 from raytune_ds.data.store import Store
 from raytune_ds.world import World
 from tests import alone
@@ -33,9 +33,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def whole_checkpoints(given: Assignment) -> list[int]:
     """Those that verify."""
     found = []
-    for step in checkpoint.steps(given.run.checkpoints):
+    for step in catalog.steps(given.run.checkpoints):
         try:
-            checkpoint.verify(checkpoint.directory(given.run.checkpoints, step), World.alone())
+            checkpoint.verify(catalog.directory(given.run.checkpoints, step), World.alone())
             found.append(step)
         except CheckpointError:
             continue
@@ -63,7 +63,7 @@ def work_on(given: Assignment, most: int = 1) -> tuple[int, Events]:
 
 
 def weights(given: Assignment) -> dict[str, torch.Tensor]:
-    path = checkpoint.directory(given.run.checkpoints, STEPS)
+    path = catalog.directory(given.run.checkpoints, STEPS)
     reader = checkpoint.Reader(path, checkpoint.verify(path, World.alone()))
     return {name: reader.whole(name) for name in reader.shapes}
 
@@ -173,7 +173,7 @@ def test_a_disk_that_fills_up(
     calm = alone.assignment(store, model, str(root), "calm")
     work_on(calm)
     given = alone.assignment(store, model, str(root), "full")
-    size = storage.size_of(checkpoint.directory(calm.run.checkpoints, STEPS))
+    size = storage.size_of(catalog.directory(calm.run.checkpoints, STEPS))
     events: Events = []
     with monkeypatch.context() as patch:
         patch.setattr(storage, "write_bytes", filling_up(Path(given.run.path), int(room * size)))
@@ -205,5 +205,5 @@ def test_the_harness_tells_a_run_that_lost_a_checkpoint(
     work_on(given)
     found = whole_checkpoints(given)
     assert found[-1] == STEPS
-    pafs.LocalFileSystem().delete_file(f"{checkpoint.directory(given.run.checkpoints, STEPS)}/manifest.json")
+    pafs.LocalFileSystem().delete_file(f"{catalog.directory(given.run.checkpoints, STEPS)}/manifest.json")
     assert whole_checkpoints(given) == found[:-1]

@@ -17,8 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune_ds import checkpoint, storage
-from raytune_ds.checkpoint import CheckpointError, Manifest, Reader, ShardFile
+from raytune_ds import catalog, checkpoint, storage
+from raytune_ds.catalog import CheckpointError, Manifest, ShardFile
+from raytune_ds.checkpoint import Reader
 from raytune_ds.engines import Piece
 from raytune_ds.rundir import RunDir
 from raytune_ds.world import World
@@ -54,12 +55,12 @@ def save(
     root: Path | str, step: int, tensors: State | None = None, ranks: int = 1, loss: float | None = None
 ) -> str:
     """A whole checkpoint, as `ranks` ranks write it."""
-    path, tensors = checkpoint.directory(str(root), step), state(step) if tensors is None else tensors
+    path, tensors = catalog.directory(str(root), step), state(step) if tensors is None else tensors
     storage.delete_dir(path)
     files: list[ShardFile] = []
     for rank in range(ranks):
         files += checkpoint.write_shards(path, rank, pieces(tensors, rank, ranks))
-    checkpoint.write_manifest(path, manifest_of(step, tensors, files, loss))
+    catalog.write_manifest(path, manifest_of(step, tensors, files, loss))
     return path
 
 
@@ -103,7 +104,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path, small_shards: None, ranks: i
 
 def test_the_reader_knows_shapes_and_reads_in_any_order(tmp_path: Path, small_shards: None) -> None:
     path = save(tmp_path, 1)
-    reader = Reader(path, checkpoint.read_manifest(path))
+    reader = Reader(path, catalog.read_manifest(path))
     assert reader.shapes == {name: tensor.shape for name, tensor in state(1).items()}
     for name in (*reversed(reader.shapes), *reader.shapes):
         assert torch.equal(reader.whole(name), state(1)[name])
@@ -112,7 +113,7 @@ def test_the_reader_knows_shapes_and_reads_in_any_order(tmp_path: Path, small_sh
 
 def test_files_are_bounded_and_tensors_are_cut_to_fill_them(tmp_path: Path, small_shards: None) -> None:
     tensors = {f"t{i}": torch.arange(10.0) + i for i in range(3)} | {"large": torch.arange(60.0)}
-    files = checkpoint.read_manifest(save(tmp_path, 1, tensors)).files
+    files = catalog.read_manifest(save(tmp_path, 1, tensors)).files
     # 100 bytes are 25 elements.
     assert [file.ranges for file in files] == [
         {"t0": [0, 10], "t1": [0, 10], "t2": [0, 5]},
@@ -125,7 +126,7 @@ def test_files_are_bounded_and_tensors_are_cut_to_fill_them(tmp_path: Path, smal
 
 
 def test_a_file_that_is_just_full_is_followed_by_no_empty_one(tmp_path: Path, small_shards: None) -> None:
-    assert [f.ranges for f in checkpoint.read_manifest(save(tmp_path, 1, {"t": torch.ones(50)})).files] == [
+    assert [f.ranges for f in catalog.read_manifest(save(tmp_path, 1, {"t": torch.ones(50)})).files] == [
         {"t": [0, 25]},
         {"t": [25, 50]},
     ]
@@ -171,7 +172,7 @@ def test_writing_needs_memory_for_one_file_at_a_time(tmp_path: Path, small_shard
 
 def test_a_reader_opens_no_file_that_it_does_not_need(tmp_path: Path, small_shards: None) -> None:
     path = save(tmp_path, 1, {"t": torch.arange(75.0)})
-    reader = Reader(path, checkpoint.read_manifest(path))
+    reader = Reader(path, catalog.read_manifest(path))
     for number in (0, 2):
         Path(f"{path}/rank-00000-0000{number}.safetensors").unlink()
     assert reader("t", 25, 50).tolist() == list(range(25, 50))
@@ -209,7 +210,7 @@ def test_any_range_is_read_back_however_it_was_cut(
         limit = checkpoint.SHARD_BYTES // 4
     assert all(sum(stop - start for start, stop in file.ranges.values()) <= limit for file in files)
     # The order of the files does not matter.
-    checkpoint.write_manifest(path, manifest_of(1, tensors, data.draw(st.permutations(files))))
+    catalog.write_manifest(path, manifest_of(1, tensors, data.draw(st.permutations(files))))
     manifest = checkpoint.verify(path, ALONE)
     reader = Reader(path, manifest)
     for name, tensor in tensors.items():
@@ -225,7 +226,7 @@ def test_any_range_is_read_back_however_it_was_cut(
 def test_the_newest_is_by_step(tmp_path: Path) -> None:
     for step in (5, 100, 20):
         save(tmp_path, step)
-    assert checkpoint.steps(str(tmp_path)) == [5, 20, 100]
+    assert catalog.steps(str(tmp_path)) == [5, 20, 100]
     found = checkpoint.newest(str(tmp_path), ALONE, refuse_warnings)
     assert found is not None
     assert found[1].step == 100
@@ -234,8 +235,8 @@ def test_the_newest_is_by_step(tmp_path: Path) -> None:
 def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:
     for name in ("step-12", "step-00000012.tmp", "xstep-00000012", "rehearsal", "notes"):
         (tmp_path / name).mkdir()
-    assert checkpoint.steps(str(tmp_path)) == []
-    assert checkpoint.steps(f"{tmp_path}/absent") == []
+    assert catalog.steps(str(tmp_path)) == []
+    assert catalog.steps(f"{tmp_path}/absent") == []
     assert checkpoint.newest(str(tmp_path), ALONE, refuse_warnings) is None
 
 
@@ -284,16 +285,16 @@ def test_pruning_keeps_the_newest_and_the_best(
     for step, loss in losses.items():
         save(tmp_path, step, loss=loss)
     checkpoint.prune(str(tmp_path), keep, newest=max(losses))
-    assert checkpoint.steps(str(tmp_path)) == left
+    assert catalog.steps(str(tmp_path)) == left
     for step in left:
-        assert_equal(read_all(checkpoint.directory(str(tmp_path), step)), state(step))
+        assert_equal(read_all(catalog.directory(str(tmp_path), step)), state(step))
 
 
 def test_a_loss_that_is_not_a_number_is_not_the_best(tmp_path: Path) -> None:
     for step, loss in {1: float("nan"), 2: 0.5, 3: 0.6}.items():
         save(tmp_path, step, loss=loss)
     checkpoint.prune(str(tmp_path), 1, newest=3)
-    assert checkpoint.steps(str(tmp_path)) == [2, 3]
+    assert catalog.steps(str(tmp_path)) == [2, 3]
 
 
 def test_what_a_crash_left_half_written_does_not_push_out_good_checkpoints(tmp_path: Path) -> None:
@@ -303,7 +304,7 @@ def test_what_a_crash_left_half_written_does_not_push_out_good_checkpoints(tmp_p
     (tmp_path / "step-00000030").mkdir()
     save(tmp_path, 25)
     checkpoint.prune(str(tmp_path), keep=2, newest=25)
-    assert checkpoint.steps(str(tmp_path)) == [20, 25]
+    assert catalog.steps(str(tmp_path)) == [20, 25]
 
 
 def test_what_is_newer_than_the_run_goes(tmp_path: Path) -> None:
@@ -311,7 +312,7 @@ def test_what_is_newer_than_the_run_goes(tmp_path: Path) -> None:
     for step, loss in {10: 0.9, 20: 0.8, 30: 0.1}.items():
         save(tmp_path, step, loss=loss)
     checkpoint.prune(str(tmp_path), keep=1, newest=20)
-    assert checkpoint.steps(str(tmp_path)) == [20]
+    assert catalog.steps(str(tmp_path)) == [20]
 
 
 def test_pruning_leaves_everything_else_alone(tmp_path: Path) -> None:
@@ -335,7 +336,7 @@ def test_one_that_could_not_be_read_this_once_is_not_deleted(
 
     monkeypatch.setattr(storage, "read_bytes", fail_once)
     checkpoint.prune(str(tmp_path), keep=2, newest=2)
-    assert checkpoint.steps(str(tmp_path)) == [1, 2]
+    assert catalog.steps(str(tmp_path)) == [1, 2]
 
 
 # ---- damage ---------------------------------------------------------------------------------------
@@ -405,7 +406,7 @@ def test_damage_to_tensors_is_found_and_the_checkpoint_before_is_taken(
             checkpoint.verify(path, ALONE)
         assert str(caught.value).startswith(f"{path}/{named[0]}: ")
         if damage in (truncate, lengthen):
-            size = next(f.size for f in checkpoint.read_manifest(path).files if f.name == file.name)
+            size = next(f.size for f in catalog.read_manifest(path).files if f.name == file.name)
             assert str(caught.value).endswith(f": {file.stat().st_size} bytes, should be {size}")
         warnings: list[str] = []
         found = checkpoint.newest(str(tmp_path), ALONE, warnings.append)
@@ -472,7 +473,7 @@ def rewrite(path: str, **changes: Any) -> None:
     """A manifest whose own checksum is right, and its content is not."""
     values = {**storage.read_json(f"{path}/manifest.json"), **changes}
     del values["checksum"]
-    storage.write_json(f"{path}/manifest.json", {**values, "checksum": checkpoint._checksum_of(values)})
+    storage.write_json(f"{path}/manifest.json", {**values, "checksum": catalog._checksum_of(values)})
 
 
 @pytest.mark.parametrize("version", [1, 3])
@@ -554,11 +555,11 @@ def test_gaps_and_overlaps_are_refused(
     with pytest.raises(ValueError, match=f"^{message}"):
         manifest.require_whole()
     with pytest.raises(ValueError, match=f"^{message}"):
-        checkpoint.write_manifest(str(tmp_path), manifest)
+        catalog.write_manifest(str(tmp_path), manifest)
     assert list(tmp_path.iterdir()) == [], "not a checkpoint"
     storage.write_json(f"{tmp_path}/manifest.json", manifest.to_json())
     with pytest.raises(CheckpointError, match=f"manifest.json: damaged: {message}"):
-        checkpoint.read_manifest(str(tmp_path))
+        catalog.read_manifest(str(tmp_path))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -577,8 +578,8 @@ def test_only_a_whole_is_whole(data: st.DataObject) -> None:
 
 def test_a_manifest_survives_being_written(tmp_path: Path) -> None:
     made = replace(covering(("a", 0, 12), ("b", 0, 1)), eval_loss=1 / 3, progress={"loss": 0.1, "n": None})
-    checkpoint.write_manifest(str(tmp_path), made)
-    read = checkpoint.read_manifest(str(tmp_path))
+    catalog.write_manifest(str(tmp_path), made)
+    read = catalog.read_manifest(str(tmp_path))
     assert read == made
     assert read.to_json() == made.to_json()
 
@@ -592,7 +593,7 @@ def test_all_ranks_hear_of_damage_that_one_of_them_finds(
 ) -> None:
     save(tmp_path, 10, ranks=2)
     path = save(tmp_path, 20, ranks=2)
-    files = [file.name for file in checkpoint.read_manifest(path).files]
+    files = [file.name for file in catalog.read_manifest(path).files]
     assert len(files) == 4
     assert on_ranks(3, lambda world: checkpoint.verify(path, world).step, (CheckpointError,)) == [20, 20, 20]
     name = [*files, "manifest.json"][number]
@@ -744,7 +745,7 @@ def test_an_object_store_holds_checkpoints(bucket: str, tmp_path: Path, small_sh
     assert found is not None
     assert (found[1].step, len(warnings)) == (1, 1)
     checkpoint.prune(run.checkpoints, keep=1, newest=2)
-    assert checkpoint.steps(run.checkpoints) == [1], "the one without a manifest goes"
+    assert catalog.steps(run.checkpoints) == [1], "the one without a manifest goes"
 
     (tmp_path / "final/sub").mkdir(parents=True)
     (tmp_path / "final/sub/x").write_bytes(b"1")
@@ -756,7 +757,7 @@ def test_an_object_store_holds_checkpoints(bucket: str, tmp_path: Path, small_sh
 
 def test_a_loss_that_is_not_a_number_leaves_the_checkpoint_readable(tmp_path: Path) -> None:
     """The loss of a skipped step is NaN, which JSON does not have."""
-    manifest = checkpoint.Manifest(1, 1, {}, {"last_loss": float("nan"), "tokens": 5}, float("inf"), {}, ())
-    checkpoint.write_manifest(str(tmp_path), manifest)
-    found = checkpoint.read_manifest(str(tmp_path))
+    manifest = catalog.Manifest(1, 1, {}, {"last_loss": float("nan"), "tokens": 5}, float("inf"), {}, ())
+    catalog.write_manifest(str(tmp_path), manifest)
+    found = catalog.read_manifest(str(tmp_path))
     assert (found.progress, found.eval_loss) == ({"last_loss": None, "tokens": 5}, None)

@@ -14,10 +14,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from raytune_ds import cli, combine, origin
-from raytune_ds.checkpoint import Manifest, directory, write_manifest
+from raytune_ds.catalog import Manifest, directory, write_manifest
 from raytune_ds.config import ModelConfig
+from raytune_ds.model.folder import fingerprint
 from raytune_ds.model.load import load_for_generation
-from raytune_ds.model.weights import fingerprint
 from tests.unit.test_merge import EXPERTS, loaded, logits, lora, make_adapter
 
 FLOAT = torch.float32

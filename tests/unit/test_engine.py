@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from raytune_ds import checkpoint, engines
-from raytune_ds.checkpoint import Manifest, Reader, ShardFile
+from raytune_ds import catalog, checkpoint, engines
+from raytune_ds.catalog import Manifest, ShardFile
+from raytune_ds.checkpoint import Reader
 from raytune_ds.config import EngineConfig, TrainConfig
 from raytune_ds.data.batch import Batch, collate
 from raytune_ds.engines import MOMENTS, Engine, Task, state_shapes
@@ -675,7 +676,7 @@ def write(path: Path, parts: list[Engine], model: Built, updates: int) -> Reader
     files: list[ShardFile] = []
     for rank, engine in enumerate(parts):
         files += checkpoint.write_shards(str(path), rank, engine.pieces())
-    checkpoint.write_manifest(
+    catalog.write_manifest(
         str(path), Manifest(updates, updates, {}, {}, None, state_shapes(model.trained), tuple(files))
     )
     return Reader(str(path), checkpoint.verify(str(path), ALONE))

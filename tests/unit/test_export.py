@@ -19,9 +19,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from raytune_ds import checkpoint, export, modelfiles, storage
+from raytune_ds import catalog, checkpoint, export, modelfiles, storage
 from raytune_ds.adapterconfig import AdapterConfig
-from raytune_ds.checkpoint import Manifest, Reader
+from raytune_ds.catalog import Manifest
+from raytune_ds.checkpoint import Reader
 from raytune_ds.config import Config, ModelConfig
 from raytune_ds.engines import Piece
 from raytune_ds.export import Final, describe, save_final
@@ -67,7 +68,7 @@ class Run:
 
     def checkpointed(self) -> Run:
         """Writes the checkpoint, as two ranks do, in several files."""
-        path = checkpoint.directory(f"{self.path}/checkpoints", 1)
+        path = catalog.directory(f"{self.path}/checkpoints", 1)
         named = {f"model/model.{name}": value for name, value in self.values.items()}
         files = []
         for rank in (0, 1):
@@ -82,13 +83,13 @@ class Run:
             files += checkpoint.write_shards(path, rank, [*pieces, *moments])
         shapes = {name: list(value.shape) for name, value in named.items()}
         shapes |= {name.replace("model/", "exp_avg/", 1): shape for name, shape in shapes.items()}
-        checkpoint.write_manifest(path, Manifest(1, 1, {}, {}, None, shapes, tuple(files)))
+        catalog.write_manifest(path, Manifest(1, 1, {}, {}, None, shapes, tuple(files)))
         return self
 
     @property
     def reader(self) -> Reader:
-        path = checkpoint.directory(f"{self.path}/checkpoints", 1)
-        return Reader(path, checkpoint.read_manifest(path))
+        path = catalog.directory(f"{self.path}/checkpoints", 1)
+        return Reader(path, catalog.read_manifest(path))
 
     def save(self, dtype: torch.dtype = HALF, world: World | None = None, card: str = "# A model\n") -> Final:
         tokenizer = AutoTokenizer.from_pretrained(self.base)

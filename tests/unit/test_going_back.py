@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from raytune_ds import checkpoint, worker
+from raytune_ds import catalog, checkpoint, worker
 from raytune_ds.assignment import Assignment
 from raytune_ds.data import batchid
 from raytune_ds.data.batch import Batch
 from raytune_ds.data.rows import step_rows
 from raytune_ds.data.store import Store
+from raytune_ds.ending import Outcome
 from raytune_ds.hooks import Orders
 from raytune_ds.objectives import OBJECTIVES
 from raytune_ds.rundir import RunDir
 from raytune_ds.trained import Trained
 from raytune_ds.verify import examine
 from raytune_ds.watch import Pulse
-from raytune_ds.worker import Outcome
 from tests import alone
 from tests.alone import STEPS, Events
 
@@ -73,8 +73,8 @@ def case(store: Store, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyP
 
 
 def weights(assignment: Assignment) -> dict[str, torch.Tensor]:
-    path = checkpoint.directory(assignment.run.checkpoints, STEPS)
-    read_back = checkpoint.Reader(path, checkpoint.read_manifest(path))
+    path = catalog.directory(assignment.run.checkpoints, STEPS)
+    read_back = checkpoint.Reader(path, catalog.read_manifest(path))
     return {name: read_back.whole(name) for name in read_back.shapes}
 
 
@@ -88,7 +88,7 @@ def test_it_stops_with_its_checkpoints_whole_and_goes_on_without_the_rows(case: 
         "step 7: the loss is not finite (nan); not applied; its rows: /rows.jsonl, row"
     )
     run = RunDir(f"{case.root}/stopped")
-    assert checkpoint.steps(run.checkpoints)[-1] == 8  # in the midst of them
+    assert catalog.steps(run.checkpoints)[-1] == 8  # in the midst of them
     went_on = case.assignment("stopped", max_skipped_steps=3, on_skipped_steps="rewind")
     outcome = case.run(went_on)
     assert outcome.error is None

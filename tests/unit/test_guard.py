@@ -20,7 +20,8 @@ from raytune_ds.data.order import Order
 from raytune_ds.engines import StepResult
 from raytune_ds.errors import UserError
 from raytune_ds.guard import FEWEST_LOSSES, MEDIAN_OVER, NAMED
-from raytune_ds.loop import Hooks, Plan, Progress, Row
+from raytune_ds.loop import Hooks, Progress, Row
+from raytune_ds.milestones import Plan
 from raytune_ds.world import World
 from tests.ranks import on_ranks
 

@@ -20,28 +20,29 @@ ROOT = Path(raytune_ds.__file__).parent
 ROOMS = """
     raytune_ds data model demo sweep verbs
     errors storage tensorfile console hub section servable clusterconfig sweepconfig compatible adapterconfig config
-    keys aliases yamlfile problems compose naming confighelp plan command
+    keys aliases yamlfile problems compose naming confighelp plan command adapterreport ending
     deploy deploy.instances deploy.layout deploy.kubernetes deploy.render deploy.spot_aws deploy.spot_gcp
     lease demo.data data.values data.conversation data.demonstrations data.preferences data.formats
     data.sources data.readers_lines data.readers_json data.readers data.order data.labels data.packing
     data.batchid data.findings data.store data.share data.tokenizer data.mixture data.inputs data.rows data.prepared
     data.literal data.thinking data.chat data.turntokens data.template data.sketch data.inspection data.sightings
     data.job data.chunks data.fit data.scatter data.duplicates data.gate data.buckets data.batch data.stream
-    data.prepare data.show data.sample data.spelled data.page
+    data.making data.prepare data.show data.sample data.spelled data.page
     allocator phases world rundir watch downtime stacks profilepage profiling
-    model.tiny model.attention model.kernels model.crossentropy model.packed model.weights model.lowbits model.quantize
+    model.folder model.tiny model.attention model.kernels model.crossentropy model.packed model.weights model.lowbits
+    model.quantize
     model.load model.anatomy model.grouped model.targets model.adapters model.lowrank model.allocation model.initial
     model.adapterreport model.build model.flops model.footprint
-    schedule guard bysource
+    milestones schedule guard bysource
     objectives objectives.sft objectives.preference objectives.reward objectives.grpo
     engines.ds engines.ds.keys engines.ds.work engines.ds.read engines.ds.slips engines.ds.refused engines.ds.ours
     engines.ds.stage engines.ds.autos engines.ds.config
     engines.choose engines.fill engines engines.adamw engines.eightbit engines.ddp engines.fsdp engines.zero
-    checkpoint before saver tracking modelcard modelfiles wrapped merge combine logits tuned gguf push
-    export loop assignment memory hooks worker
+    catalog checkpoint before saver tracking modelcard modelfiles wrapped merge combine logits tuned gguf push
+    export loop assignment memory hooks worker found
     sampling decode generate prompts terminal
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
-    doctor.cluster doctor.report stopping settle check
+    doctor.cluster doctor.report stopping settle look check
     cluster startup preflight torchgroup display metrics mailbox rescue rayworker early fitting launch
     sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports sweep.fork sweep.leaderboard sweep.plots
     sweep.influence sweep.report sweep.course sweep.outcome sweep.attempt sweep.trainable sweep.search sweep.schedule
@@ -61,7 +62,8 @@ ROOMS = """
 LIGHT = """
     errors storage console hub section clusterconfig sweepconfig compatible adapterconfig config keys aliases yamlfile
     problems compose naming
-    confighelp plan command deploy deploy.instances deploy.layout deploy.kubernetes deploy.render demo.data
+    confighelp plan command adapterreport ending
+    deploy deploy.instances deploy.layout deploy.kubernetes deploy.render demo.data
     data.values data.conversation data.demonstrations data.preferences data.formats
     data.sources data.readers_lines data.readers_json data.readers data.order data.labels
     network doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
@@ -73,7 +75,7 @@ HEAVY = ("torch", "ray", "transformers")
 RESERVED = {
     "ray": {
         "data.stream",
-        "data.prepare",
+        "data.making",
         "deploy.spot_aws",
         "deploy.spot_gcp",
         "nodes",
@@ -206,6 +208,10 @@ def heavy_imports(names: Iterable[str], path: Path | None = None) -> list[str]:
 def test_light_rooms_load_no_heavy_library() -> None:
     known = modules(ROOT)
     assert heavy_imports(f"{HOUSE}.{name}" for name in LIGHT if name in known) == []
+
+
+def test_a_driver_that_finds_all_made_before_needs_no_torch() -> None:
+    assert heavy_imports([f"{HOUSE}.launch"]) == ["ray"]
 
 
 def test_an_indirect_heavy_import_is_seen(tmp_path: Path) -> None:

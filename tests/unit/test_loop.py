@@ -15,7 +15,8 @@ from raytune_ds.config import Config
 from raytune_ds.data.batch import Batch, collate
 from raytune_ds.data.order import Order
 from raytune_ds.engines import StepResult
-from raytune_ds.loop import Hooks, Plan, Progress
+from raytune_ds.loop import Hooks, Progress
+from raytune_ds.milestones import Plan
 from raytune_ds.world import World
 
 

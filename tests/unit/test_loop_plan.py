@@ -8,7 +8,7 @@ import pytest
 
 from raytune_ds.config import Config
 from raytune_ds.data.order import Order
-from raytune_ds.loop import Plan
+from raytune_ds.milestones import Plan
 
 
 def plan(num_packs: int = 1600, every: int | str = "auto", **train: Any) -> Plan:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytune_ds import checkpoint, storage
+from raytune_ds import catalog, storage
 from raytune_ds.assignment import Assignment
 from raytune_ds.compose import dump, replaced
 from raytune_ds.data.store import Store
@@ -57,7 +57,7 @@ def test_it_learns_and_goes_on_as_if_it_had_not_stopped(
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     cut = assignment(store, model, f"{name}-cut", optim=optim)
     run(cut)
-    storage.delete_dir(checkpoint.directory(cut.run.checkpoints, STEPS))
+    storage.delete_dir(catalog.directory(cut.run.checkpoints, STEPS))
     storage.delete_dir(cut.run.final)
     events = run(cut)
     assert any("resuming from the checkpoint of step 12" in str(content) for _, content in events)

@@ -164,7 +164,7 @@ def test_naming_rows_never_fails(tmp_path: Path) -> None:
 
 def make_run(tmp_path: Path, store: Store, rows: list[dict[str, Any]]) -> Path:
     """A run directory with a checkpoint that names the store."""
-    from raytune_ds.checkpoint import Manifest
+    from raytune_ds.catalog import Manifest
 
     run = tmp_path / "run"
     run.mkdir()

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from raytune_ds import checkpoint, saver, storage
-from raytune_ds.checkpoint import Manifest, Reader
+from raytune_ds import catalog, checkpoint, saver, storage
+from raytune_ds.catalog import Manifest
+from raytune_ds.checkpoint import Reader
 from raytune_ds.config import CheckpointConfig
 from raytune_ds.engines import Piece, StepResult
 from raytune_ds.errors import UserError
@@ -121,7 +122,7 @@ class Run:
         return found
 
     def read(self, step: int) -> State:
-        path = checkpoint.directory(self.root, step)
+        path = catalog.directory(self.root, step)
         reader = Reader(path, checkpoint.verify(path, ALONE))
         return {name: reader.whole(name) for name in reader.shapes}
 
@@ -350,8 +351,8 @@ def test_old_checkpoints_are_pruned(root: str) -> None:
     for step, loss in {1: 0.9, 2: 0.1, 3: None, 4: 0.3, 5: 0.2}.items():
         run.save(step, loss)
         run.saver.wait()
-        assert step in checkpoint.steps(root)
-    assert checkpoint.steps(root) == [2, 4, 5]
+        assert step in catalog.steps(root)
+    assert catalog.steps(root) == [2, 4, 5]
     assert run.newest()[1].step == 5
 
 
@@ -363,7 +364,7 @@ def test_what_cannot_be_written_prunes_nothing(root: str, monkeypatch: pytest.Mo
         patch.setattr(storage, "write_bytes", fail_with(full()))
         run.save(2)
         run.saver.wait()
-    assert checkpoint.steps(root) == [1]
+    assert catalog.steps(root) == [1]
 
 
 # ---- what fails -----------------------------------------------------------------------------------
@@ -456,7 +457,7 @@ def test_older_checkpoints_make_room_for_the_newest(
         run.save(step, loss)
         run.saver.wait()
     assert run.warnings == []
-    assert checkpoint.steps(root) == [1, 3, 4], "the best, the one before, and the new one"
+    assert catalog.steps(root) == [1, 3, 4], "the best, the one before, and the new one"
     assert_equal(run.read(4), run.engine.tensors)
 
 
@@ -469,7 +470,7 @@ def test_where_even_that_is_too_little_the_newest_complete_one_stays(
         run.save(step)
         run.saver.wait()
     assert len(run.warnings) == 1
-    assert checkpoint.steps(root) == [1]
+    assert catalog.steps(root) == [1]
     assert run.newest()[1].step == 1
 
 
@@ -521,7 +522,7 @@ def test_what_cannot_even_be_cleared_away_is_no_checkpoint(run: Run, monkeypatch
         run.saver.wait()
     assert len(calls) > 1
     assert "No space left on device" in run.warnings[0]
-    assert checkpoint.steps(run.root) == [1, 2]
+    assert catalog.steps(run.root) == [1, 2]
     passed_over: list[str] = []
     found = checkpoint.newest(run.root, ALONE, passed_over.append)
     assert found is not None
@@ -529,7 +530,7 @@ def test_what_cannot_even_be_cleared_away_is_no_checkpoint(run: Run, monkeypatch
     assert "step-00000002: no manifest" in passed_over[0]
     run.save(3)
     run.saver.wait()
-    assert checkpoint.steps(run.root) == [1, 3]
+    assert catalog.steps(run.root) == [1, 3]
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -750,8 +751,8 @@ def test_what_one_rank_cannot_write_no_rank_calls_written(
         assert len(warnings) == 1
         assert "step 2 " in warnings[0]
         assert "No space left on device" in warnings[0]
-    assert checkpoint.steps(root) == [1, 3]
-    assert checkpoint.verify(checkpoint.directory(root, 3), ALONE).step == 3
+    assert catalog.steps(root) == [1, 3]
+    assert checkpoint.verify(catalog.directory(root, 3), ALONE).step == 3
 
 
 def test_a_rehearsal_on_folders_that_the_ranks_do_not_share_names_the_storage(

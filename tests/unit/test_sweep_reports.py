@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from raytune_ds import checkpoint, storage
-from raytune_ds.checkpoint import CheckpointError
+from raytune_ds import catalog, storage
+from raytune_ds.catalog import CheckpointError
 from raytune_ds.keys import KEYS
 from raytune_ds.rundir import RunDir, to_lines
 from raytune_ds.sweep.fork import MAY_DIFFER, fork, hindrances
@@ -132,15 +132,15 @@ def target(source: RunDir) -> RunDir:
 def test_a_fork_has_the_checkpoint_and_the_metrics_up_to_it(source: RunDir, target: RunDir) -> None:
     """With an identity of its own; the run it was taken from stays as it was."""
     fork(source, 2, target, OTHER)
-    manifest = checkpoint.newest_complete(target.checkpoints)
-    there = checkpoint.read_manifest(checkpoint.directory(source.checkpoints, 2))
+    manifest = catalog.newest_complete(target.checkpoints)
+    there = catalog.read_manifest(catalog.directory(source.checkpoints, 2))
     assert manifest is not None
     assert (manifest.step, manifest.eval_loss, manifest.progress) == (2, 2.0, there.progress)
     assert (manifest.identity, there.identity) == (OTHER, IDENTITY)
-    assert_equal(read_all(checkpoint.directory(target.checkpoints, 2)), state(2))
+    assert_equal(read_all(catalog.directory(target.checkpoints, 2)), state(2))
     assert target.read_metrics() == [step(1), step(2), evaluation(2)]
-    assert checkpoint.steps(target.checkpoints) == [2]
-    assert checkpoint.steps(source.checkpoints) == [2, 4]
+    assert catalog.steps(target.checkpoints) == [2]
+    assert catalog.steps(source.checkpoints) == [2, 4]
 
 
 def test_a_fork_that_goes_on_is_left_alone(source: RunDir, target: RunDir) -> None:
@@ -151,7 +151,7 @@ def test_a_fork_that_goes_on_is_left_alone(source: RunDir, target: RunDir) -> No
     storage.delete_dir(source.path)
     fork(source, 2, target, IDENTITY)
     assert target.read_metrics() == [step(6)]
-    assert checkpoint.steps(target.checkpoints) == [2, 6]
+    assert catalog.steps(target.checkpoints) == [2, 6]
 
 
 def test_a_fork_that_was_interrupted_is_done_again(
@@ -171,9 +171,9 @@ def test_a_fork_that_was_interrupted_is_done_again(
         patch.setattr(storage, "copy", copy_one)
         with pytest.raises(OSError, match="killed"):
             fork(source, 4, target, OTHER)
-    assert checkpoint.newest_complete(target.checkpoints) is None
+    assert catalog.newest_complete(target.checkpoints) is None
     fork(source, 4, target, OTHER)
-    assert_equal(read_all(checkpoint.directory(target.checkpoints, 4)), state(4))
+    assert_equal(read_all(catalog.directory(target.checkpoints, 4)), state(4))
 
 
 def test_a_checkpoint_that_is_not_there_is_told(source: RunDir, target: RunDir) -> None:

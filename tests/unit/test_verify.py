@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from raytune_ds import cli
-from raytune_ds.checkpoint import Manifest
+from raytune_ds.catalog import Manifest
 from raytune_ds.compose import dump
 from raytune_ds.config import Config
 from raytune_ds.data import prepared

@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
 from raytune_ds.model import weights
+from raytune_ds.model.folder import fingerprint
 from raytune_ds.model.load import skeleton
-from raytune_ds.model.weights import Weights, fingerprint, open_weights
+from raytune_ds.model.weights import Weights, open_weights
 from raytune_ds.tensorfile import TensorFile
 
 ARCHITECTURES = ["deepseek-v2", "deepseek-v3", "qwen2", "llama"]

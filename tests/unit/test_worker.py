@@ -11,7 +11,7 @@ import pytest
 from raytune_ds import worker
 from raytune_ds.adapterconfig import AdapterConfig
 from raytune_ds.assignment import differences, harmless_changes, require_same_run, told_of
-from raytune_ds.checkpoint import Manifest
+from raytune_ds.catalog import Manifest
 from raytune_ds.compose import compose
 from raytune_ds.errors import UserError
 from raytune_ds.rundir import RunDir

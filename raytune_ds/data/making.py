@@ -1,0 +1,260 @@
+"""Makes the packed store: a Ray Data job that streams.
+
+    files -> chunks of rows -> sequences, by bucket (scatter.py) -> each bucket looked through for doubles
+    (duplicates.py), then sorted, mixed, packed and written (buckets.py)
+
+A task holds a chunk of rows or one bucket, both of bounded size, so memory does not grow with the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray.data
+
+from raytune_ds import storage
+from raytune_ds.config import Config
+from raytune_ds.console import ProgressLine, human_count, say
+from raytune_ds.data.buckets import Quotas, count_bucket, finish_split, pack_bucket
+from raytune_ds.data.chunks import expected, finished, read_tally
+from raytune_ds.data.duplicates import Doubles, find_doubles
+from raytune_ds.data.gate import conclude
+from raytune_ds.data.job import Job, Tally
+from raytune_ds.data.mixture import quotas, shared_out
+from raytune_ds.data.scatter import encode_chunks, read_chunks
+from raytune_ds.data.store import Manifest, Split
+from raytune_ds.data.stream import quiet
+from raytune_ds.errors import UserError
+
+SHOWN_BAD_ROWS = 5
+_TASKS_A_CPU = 4
+_LARGEST_TASK = 16 << 20
+
+
+class _UnfitError(UserError):
+    """The rows are no good as they are."""
+
+
+def make(job: Job, config: Config, fingerprint: str) -> Manifest:
+    """Makes the store of `job`, or goes on with what was made of it before a kill.
+
+    Args:
+        job: what is made.
+        config: that it was made of.
+        fingerprint: of the store.
+
+    Raises:
+        UserError: a source can't be read, a row is bad and `data.on_bad_row` is fail, nothing is left to train on.
+    """
+    started = time.monotonic()
+    if done := len(finished(job)):
+        say(f"data: going on with a preparation that was stopped, {done:,} of its chunks are done")
+    try:
+        with _blocks_of(_task_bytes(job)):
+            manifest, peak_memory_mib = _run(job, config, fingerprint)
+    except _UnfitError:  # whoever mends the rows asks for another store
+        storage.delete_dir(job.scratch)
+        raise
+    seconds = time.monotonic() - started
+    making = {"seconds": round(seconds, 3), "peak_memory_mib": round(peak_memory_mib, 1)}
+    for name in storage.list_names(job.target):
+        if name.startswith("."):  # begun by a task that was killed
+            storage.delete_file(f"{job.target}/{name}")
+    storage.write_json(f"{job.target}/making.json", making)
+    storage.write_bytes(f"{job.target}/manifest.json", manifest.to_json().encode())
+    storage.delete_dir(job.scratch)
+    return manifest
+
+
+def _run(job: Job, config: Config, fingerprint: str) -> tuple[Manifest, float]:
+    tally = _scatter(job, fail=config.data.on_bad_row == "fail")
+    thresholds = _eval_thresholds(job, config.data.eval.fraction, tally)
+    looking = _over_buckets(job, "looking for duplicates", find_doubles, thresholds=thresholds)
+    train, evaluation = _pack_buckets(job, thresholds, _quotas(job, thresholds), tally)
+    doubles = Doubles.of(looking)
+    if train.num_packs == 0:
+        raise _UnfitError(_nothing_left(job, tally))
+    if tally.num_rejected:
+        _list_rejected(job)
+        say(f"data: {tally.num_rejected:,} bad rows skipped; why, is in {job.target}/rejected.jsonl")
+    manifest = Manifest(
+        fingerprint=fingerprint,
+        seq_len=job.seq_len,
+        train=train,
+        eval=evaluation,
+        **job.places,
+        tokenizer=job.tokenizer.name,
+        num_rows=tally.num_rows,
+        num_rejected=tally.num_rejected,
+        rejected_reasons=dict(sorted(tally.reasons.items(), key=lambda item: (-item[1], item[0]))[:20]),
+        num_truncated=tally.num_truncated,
+        num_dropped_long=tally.num_dropped_long,
+        num_split=tally.num_split,
+        length_histogram={upper: tally.lengths[upper] for upper in sorted(tally.lengths, key=int)},
+        reasoning=dict(sorted(tally.turns.items())),
+        findings=conclude(tally, doubles),
+    )
+    return manifest, tally.peak_memory_mib
+
+
+def _list_rejected(job: Job) -> None:
+    """All bad rows, each with its reason, as they come in the sources."""
+    tallies = (read_tally(job, name) for name in sorted(expected(job)))
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for tally in tallies for row in tally.rejected)
+    storage.write_lines(f"{job.target}/rejected.jsonl", lines)
+
+
+def _task_bytes(job: Job) -> int:
+    """Text that one task encodes, a chunk after the other: all CPUs have work, and not much of it is to begin tasks."""
+    text_bytes = sum(item.text_bytes for item in job.inputs)
+    fair = text_bytes / (_TASKS_A_CPU * max(1, ray.cluster_resources().get("CPU", 1)))
+    return int(max(job.chunk_chars, min(fair, _LARGEST_TASK)))
+
+
+@contextlib.contextmanager
+def _blocks_of(num_bytes: int) -> Iterator[None]:
+    """Lets Ray Data make blocks of about so many bytes in this job."""
+    quiet()
+    context = ray.data.DataContext.get_current()
+    before = context.target_max_block_size
+    context.target_max_block_size = num_bytes
+    try:
+        yield
+    finally:
+        context.target_max_block_size = before
+
+
+def _scatter(job: Job, fail: bool) -> Tally:
+    """Encodes all rows and scatters the sequences over the buckets."""
+    files = ray.data.from_items([{"input": i} for i in range(len(job.inputs))])
+    # Unequal shares, so that reading and encoding stay two stages and several tasks encode one large file; together
+    # a CPU, so that on each of them one reads and one encodes.
+    rows = files.map_batches(
+        read_chunks,
+        fn_kwargs={"job": job, "done": finished(job)},
+        batch_size=1,
+        num_cpus=1 / 8,
+        zero_copy_batch=True,
+    )
+    tallies = rows.map_batches(
+        encode_chunks, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=7 / 8
+    )
+    total, names = Tally(), []
+    started = time.monotonic()
+    text_bytes = sum(item.text_bytes for item in job.inputs)
+    with ProgressLine("preparing", text_bytes) as progress:
+        for row in tallies.iter_rows():
+            tally = Tally.from_json(row["tally"])
+            names.append(row["name"])
+            total.add(tally)
+            fatal = [row for row in tally.rejected if row["fatal"]]
+            if fatal or (fail and tally.rejected):
+                raise _UnfitError(_bad_rows(fatal or tally.rejected, total.num_rows))
+            rate = total.num_rows / max(1e-3, time.monotonic() - started)
+            progress.update(
+                total.num_bytes, f"{human_count(total.num_rows)} rows, {human_count(rate)} rows/s"
+            )
+    if sorted(names) != sorted(expected(job)):
+        raise RuntimeError(f"not each chunk of rows was heard of once: {len(names)} of {len(expected(job))}")
+    return total
+
+
+def _eval_thresholds(job: Job, fraction: float, tally: Tally) -> tuple[int, ...]:
+    """By source: its rows whose eval key is not above this are held out, the configured share but at least one.
+
+    Of a source's only row none is.
+    """
+    share = int(fraction * (1 << 64))
+    return tuple(
+        max(share, tally.lowest_eval_key[source.index]) if share and tally.usable[source.index] > 1 else 0
+        for source in job.sources
+    )
+
+
+def _over_buckets(job: Job, label: str, work: Callable[..., Any], **told: Any) -> Iterator[dict[str, Any]]:
+    """What `work` tells of each bucket, as the buckets are done. Work on an only one has begun when this returns."""
+    if job.num_buckets > 1:
+        return _over_many_buckets(job, label, work, **told)
+    begun = ray.remote(num_cpus=1)(work).remote({"bucket": [0]}, job=job, **told)
+    return ({name: values[0] for name, values in ray.get(task).items()} for task in [begun])
+
+
+def _over_many_buckets(
+    job: Job, label: str, work: Callable[..., Any], **told: Any
+) -> Iterator[dict[str, Any]]:
+    buckets = ray.data.from_items([{"bucket": i} for i in range(job.num_buckets)])
+    done = buckets.map_batches(work, fn_kwargs={"job": job, **told}, batch_size=1, num_cpus=1)
+    with ProgressLine(label, job.num_buckets) as progress:
+        for number, row in enumerate(done.iter_rows(), 1):
+            yield row
+            progress.update(number, f"bucket {number:,} of {job.num_buckets:,}")
+
+
+def _quotas(job: Job, thresholds: tuple[int, ...]) -> dict[int, Quotas]:
+    """By bucket, the rows that it gives of each source; none where all give all of theirs."""
+    trained = [source for source in job.sources if not source.held_out]
+    if not any(source.is_mixed for source in trained):
+        return {}
+    buckets = sorted(
+        _over_buckets(job, "counting", count_bucket, thresholds=thresholds), key=lambda row: row["bucket"]
+    )
+    counts = {source.index: [int(row["rows"][source.index]) for row in buckets] for source in trained}
+    if empty := [source.path for source in trained if not sum(counts[source.index])]:
+        raise _UnfitError(
+            f"data.sources: {', '.join(empty)}: no row is left to train on, so there is nothing to mix."
+        )
+    wanted = quotas(trained, [sum(counts[source.index]) for source in trained])
+    shares = {
+        source.index: shared_out(quota, counts[source.index])
+        for source, quota in zip(trained, wanted, strict=True)
+    }
+    return {row["bucket"]: {s: shares[s][place] for s in shares} for place, row in enumerate(buckets)}
+
+
+def _pack_buckets(
+    job: Job, thresholds: tuple[int, ...], shares: dict[int, Quotas], tally: Tally
+) -> tuple[Split, Split]:
+    """Packs all buckets; what does not fill a row group of its bucket is gathered in one last shard a split.
+
+    Raises:
+        RuntimeError: not all that was scattered has arrived.
+    """
+    results = []
+    for row in _over_buckets(job, "packing", pack_bucket, thresholds=thresholds, quotas=shares):
+        results.append(row["packed"])
+        tally.peak_memory_mib = max(tally.peak_memory_mib, row["packed"]["peak_memory_mib"])
+    if (arrived := sum(result["num_docs"] for result in results)) != tally.num_docs:
+        raise RuntimeError(
+            f"{arrived} of {tally.num_docs} documents arrived in {job.scratch}: does every node see the same storage?"
+        )
+    results.sort(key=lambda result: result["bucket"])
+    return finish_split(job, "train", results), finish_split(job, "eval", results)
+
+
+def _bad_rows(rejected: list[dict[str, Any]], num_rows: int) -> str:
+    shown = [f"{row['where']}: {row['reason']}" for row in rejected[:SHOWN_BAD_ROWS]]
+    more = f"... and {len(rejected) - len(shown)} more" if len(rejected) > len(shown) else ""
+    advice = (
+        "The rest of that file can't be read: repair it."
+        if rejected[0]["fatal"]
+        else f"That is {len(rejected)} bad of the first {num_rows} rows. Repair them, or set data.on_bad_row=skip to "
+        "leave them out (a file will name each with its reason)."
+    )
+    return "\n".join(line for line in (*shown, more, advice) if line)
+
+
+def _nothing_left(job: Job, tally: Tally) -> str:
+    reasons = Counter(tally.reasons)
+    if tally.num_dropped_long:
+        reasons[f"longer than data.seq_len = {job.seq_len} tokens with nothing supervised within it"] = (
+            tally.num_dropped_long
+        )
+    listed = "; ".join(f"{count} times: {reason}" for reason, count in reasons.most_common(3))
+    return f"data.sources: of {tally.num_rows} rows none is left to train on" + (
+        f" ({listed})." if listed else "."
+    )
