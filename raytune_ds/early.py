@@ -13,10 +13,11 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ray
+from ray.runtime_env import RuntimeEnv
 
 from raytune_ds import cluster
 from raytune_ds.cluster import Scale
@@ -26,11 +27,38 @@ from raytune_ds.startup import HOOK
 
 # A process waits so long to become a worker, and a node so long to be asked for one.
 KEPT_S, ASK_S = 120, 5.0
-# Ray Train's controller, and what it starts beside workers: all of one environment, on the driver's node.
-OVERSEERS = 4
+# Losses of object detection want scipy, and configs of SageMaker boto3: a fifth of what a worker imports.
+UNWANTED = ("scipy", "boto3")
 # A group that may shrink is tried in its old size until Ray knows that a node is gone: by default a minute at a time.
 # What is there is placed in milliseconds.
 PLACED_S = 10
+# As in ray.train.v2._internal.constants, whose package takes half a second to import: the very half a second by which
+# workers would begin to import later.
+HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+_BLOCKING_GET = "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"
+PROPAGATED = frozenset(
+    {
+        "RAY_TRAIN_V2_ENABLED",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S",
+        HEALTH_CHECK_TIMEOUT,
+        START_TIMEOUT,
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S",
+        "RAY_TRAIN_COLLECTIVE_WARN_INTERVAL_S",
+        "RAY_TRAIN_CHECKPOINT_UPLOAD_WARN_INTERVAL_S",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH",
+        "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING",
+        "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING",
+        "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION",
+        "RAY_TRAIN_STATE_ACTOR_RECONCILIATION_INTERVAL_S",
+        _BLOCKING_GET,
+        "TORCHFT_LIGHTHOUSE",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S",
+        "NCCL_RAS_ADDR",
+    }
+)
+"""What Ray Train hands on of a driver's environment."""
 # Longer than any run; and what Ray waits beyond our own watch.
 NEVER_S, SPARE_S = 1e9, 300.0
 
@@ -49,13 +77,11 @@ def runtime_env(config: Config) -> dict[str, Any]:
 
 
 def imports() -> None:
-    """At the start of a worker's process: what it needs. What goes wrong here goes wrong again where it is reported.
-
-    Not bitsandbytes, which peft imports wherever it is, and which takes as long as torch does.
-    """
+    """At the start of a worker's process: what it needs. What goes wrong here goes wrong again where it is reported."""
     _leave_out_bitsandbytes()
     with contextlib.suppress(Exception):
-        import peft  # noqa: F401
+        with _without(UNWANTED):
+            import peft  # noqa: F401
 
         from raytune_ds import rayworker  # noqa: F401
 
@@ -74,8 +100,20 @@ def _is_installed() -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _without(modules: Iterable[str]) -> Iterator[None]:
+    """What asks for these modules meanwhile is told that they are not installed."""
+    hidden = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None is Python's own mark
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
 def _leave_out_bitsandbytes() -> None:
-    """In this process. What asks for it is told that it is not installed."""
+    """In this process: peft imports it wherever it is, and it takes as long as torch does."""
     sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 
@@ -104,18 +142,14 @@ def begin(config: Config, debug: bool) -> str | None:
 
 
 def start(config: Config, scale: Scale) -> None:
-    """Has nodes start as many processes as will become workers, and this one those that look after them.
+    """Has nodes start as many processes as will become workers, and this one the first that looks after them.
 
-    Workers are asked for where there is room, on this node first.
+    Workers are asked for where there is room, on this node first. What else is needed beside them has time until they
+    have imported all, and would only take CPUs from them.
     """
-    from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
-    from ray.train.v2._internal.constants import get_env_vars_to_propagate
-
-    with in_environment(settings(config.scaling, scale)):
-        propagated = get_env_vars_to_propagate()
-    propagated.setdefault(
-        RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, "0"
-    )  # as Ray Train has it for its controller
+    wanted = settings(config.scaling, scale)
+    propagated = {name: value for name, value in (os.environ | wanted).items() if name in PROPAGATED}
+    propagated.setdefault(_BLOCKING_GET, "0")  # as Ray Train has it for its controller
     hook = runtime_env(config).get("env_vars", {})
     own = ray.get_runtime_context().get_node_id()
     alive = [node for node in ray.nodes() if node["Alive"]]
@@ -125,16 +159,13 @@ def start(config: Config, scale: Scale) -> None:
         missing -= number
         if number:
             _ask(node, propagated | hook, number)
-        if number and hook:
-            # For the task of each worker that reads ahead.
-            _ask(node, propagated | dict.fromkeys(hook, ""), number)
         if node["NodeID"] == own:
-            _ask(node, propagated, OVERSEERS)
-            _ask(node, {}, 1)
+            _ask(node, {}, 1)  # our mailbox
+            _ask(node, propagated, 1, by_driver=True)  # Ray Train's controller
 
 
-def _ask(node: dict[str, Any], env_vars: dict[str, str], number: int) -> None:
-    """For processes with these environment variables."""
+def _ask(node: dict[str, Any], env_vars: dict[str, str], number: int, by_driver: bool = False) -> None:
+    """For processes with these environment variables, of the driver's own actors or of those that actors start."""
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
 
@@ -144,10 +175,11 @@ def _ask(node: dict[str, Any], env_vars: dict[str, str], number: int) -> None:
         keep_alive_duration_secs=KEPT_S,
         num_workers=number,
     )
-    # Letter by letter as Ray hands it on to the actors of actors.
     env = _of_job() | ({"env_vars": _of_job().get("env_vars", {}) | env_vars} if env_vars else {})
-    request.runtime_env_info.serialized_runtime_env = json.dumps(
-        env, sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    # Letter by letter as Ray writes it, or they would be of another kind.
+    inherited = json.dumps(env, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    request.runtime_env_info.serialized_runtime_env = (
+        RuntimeEnv(**env).serialize() if by_driver else inherited
     )
     address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
     # A node that does not answer starts its processes later, when Ray Train asks for them.
@@ -162,16 +194,11 @@ def _of_job() -> dict[str, Any]:
 
 def settings(scaling: ScalingConfig, scale: Scale) -> dict[str, str]:
     """What Ray Train reads from the environment of whoever starts a run."""
-    from ray.train.v2._internal.constants import (
-        WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
-        WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
-    )
-
     # Ray ends a worker that does not answer it, without a word of where it is: that comes after our own watch.
     patience = NEVER_S if scaling.hang_timeout_s is None else 2 * scaling.hang_timeout_s + SPARE_S
-    wanted = {WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR: str(patience)}
+    wanted = {HEALTH_CHECK_TIMEOUT: str(patience)}
     if scale.fewest is not None:
-        wanted[WORKER_GROUP_START_TIMEOUT_S_ENV_VAR] = str(PLACED_S)
+        wanted[START_TIMEOUT] = str(PLACED_S)
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 

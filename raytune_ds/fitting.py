@@ -14,6 +14,7 @@ import ray
 import ray.train
 from ray.train import TrainingFailedError
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import remove_placement_group
 
@@ -23,7 +24,8 @@ from raytune_ds.cluster import Scale
 from raytune_ds.console import warn
 from raytune_ds.downtime import Downtime
 from raytune_ds.ending import Outcome
-from raytune_ds.mailbox import Event, Reporter, open_mailbox
+from raytune_ds.mailbox import Event, open_mailbox
+from raytune_ds.reporter import Reporter
 from raytune_ds.rescue import rescue
 from raytune_ds.rundir import RunDir
 from raytune_ds.startup import Startup
@@ -105,9 +107,10 @@ class Fitting:
     def kill(self) -> None:
         """Ends the workers, whatever they are at; what they had not written yet is lost."""
         with contextlib.suppress(ray.exceptions.RayError):
-            controller, places = ray.get(self._mailbox.controller.remote(), timeout=ABORT_S)
-            if controller is None:
+            pickled, places = ray.get(self._mailbox.controller.remote(), timeout=ABORT_S)
+            if pickled is None:
                 return
+            controller = ray.cloudpickle.loads(pickled)
             with contextlib.suppress(ray.exceptions.RayError):
                 # An actor that has ended cannot answer: the error is the sign of success.
                 ray.get(controller.abort.remote(), timeout=ABORT_S)
@@ -131,12 +134,16 @@ class Fitting:
 
 
 class _Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray's, untyped
-    """Without what serves datasets to workers: ours read their own, and a process less has to start before they do."""
+    """With fewer processes that have to start before workers do.
+
+    Ours read their own data, so nothing serves datasets to them. And the placement group of a run that a driver started
+    ends with the driver; only that of an actor, of a trial that is, would outlive it without Ray Train's cleaner.
+    """
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [
-            each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)
-        ]
+        in_an_actor = ray.get_runtime_context().get_actor_id() is not None
+        unwanted = (DatasetsCallback,) if in_an_actor else (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, unwanted)]
 
 
 def _work(assignment: Assignment, mailbox: Any, is_judged: bool) -> Outcome:

@@ -10,9 +10,6 @@ import time
 from typing import Any
 
 import ray
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.controller.state import RestartingState
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytune_ds.config import ScalingConfig
@@ -20,7 +17,6 @@ from raytune_ds.metrics import RunMetrics
 from raytune_ds.stacks import Place
 from raytune_ds.watch import Beat, Watch
 
-_GUESSES = "Some common causes include"
 Event = tuple[str, dict[str, Any], float]
 """What happened, its content, and when, in seconds of the mailbox's clock."""
 
@@ -39,7 +35,7 @@ class Mailbox:
         self._places: dict[int, Place] = {}
         self._verdicts: dict[int, asyncio.Future[bool]] = {}
         self._ended = False
-        self._controller: Any = None
+        self._controller: bytes | None = None
         self._places_held: Any = None
         self._stop = asyncio.Event()
 
@@ -70,8 +66,8 @@ class Mailbox:
 
     # -------------------------------------------------------------------------------- from the controller
 
-    def controlled_by(self, controller: Any) -> None:
-        """Which actor controls the run."""
+    def controlled_by(self, controller: bytes) -> None:
+        """Which actor controls the run: pickled, for to unpickle it here would import all of Ray Train."""
         self._controller = controller
 
     def held(self, places: Any) -> None:
@@ -108,8 +104,8 @@ class Mailbox:
         """The ranks that hold up the others, as of now, and are about to be ended."""
         return self._watch.condemn(time.monotonic())
 
-    def controller(self) -> tuple[Any, Any]:
-        """The actor that controls the run, and the placement group of its workers; None while there is none."""
+    def controller(self) -> tuple[bytes | None, Any]:
+        """The actor that controls the run, pickled, and the workers' placement group; None while there is none."""
         return self._controller, self._places_held
 
     async def judge(self, step: int, goes_on: bool) -> None:
@@ -134,56 +130,3 @@ def open_mailbox(run: str, scaling: ScalingConfig) -> Any:
     """A mailbox on the driver's node: losing another one must not make the run go dark."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Mailbox.options(scheduling_strategy=here).remote(run, scaling)  # type: ignore[attr-defined]
-
-
-class Reporter(ControllerCallback, WorkerGroupCallback):
-    """Tells the mailbox what Ray Train's controller knows: itself, each group of workers, and why one is replaced."""
-
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        """As the controller begins."""
-        self._mailbox.controlled_by.remote(ray.get_runtime_context().current_actor)
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        """Once new workers are there."""
-        super().after_worker_group_start(worker_group)
-        self._mailbox.held.remote(
-            worker_group.get_worker_group_state().placement_group_handle.placement_group
-        )
-
-    def after_worker_group_training_start(self, worker_group: Any) -> None:
-        """Once new workers are at work."""
-        places = {
-            worker.distributed_context.world_rank: (worker.metadata.node_id, worker.metadata.pid)
-            for worker in worker_group.get_workers()
-        }
-        self._mailbox.group.remote(places)
-
-    def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        """Before workers are asked to end."""
-        self._mailbox.leave.remote()
-
-    def before_worker_group_abort(self, worker_group_context: Any) -> None:
-        """Before workers are ended without asking."""
-        self._mailbox.leave.remote()
-
-    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Whenever the controller decides something."""
-        # It comes again and again with the same state while there is no room for new workers.
-        if isinstance(current_state, RestartingState) and current_state is not previous_state:
-            self._mailbox.restart.remote(*_why(current_state.training_failed_error))
-
-
-def _why(error: Exception) -> tuple[list[int], str]:
-    """Which ranks died, and of what."""
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    # When one process is gone, the others' collectives fail: what they say of it explains nothing.
-    gone = {rank: e for rank, e in failures.items() if isinstance(e, WorkerHealthCheckFailedError)}
-    chosen = gone or failures
-    first = next(iter(chosen.values()), error)
-    if isinstance(first, WorkerHealthCheckTimeoutError):
-        return list(chosen), "Ray could not reach it"
-    reason = (str(first).strip() or type(first).__name__).splitlines()[-1].strip()
-    return list(chosen), reason.partition(_GUESSES)[0].strip()

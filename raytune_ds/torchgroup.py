@@ -47,10 +47,8 @@ class NodesTorchConfig(BackendConfig):
 
     @property
     def train_func_context(self) -> Any:
-        """What a worker's function runs in."""
-        from ray.train.torch.config import TorchConfigContextManager
-
-        return TorchConfigContextManager
+        """What a worker's function runs in: it chooses its GPU itself, so that the driver needs no torch for this."""
+        return contextlib.nullcontext
 
     @property
     def framework(self) -> TrainingFramework:

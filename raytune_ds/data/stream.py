@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray.data
 
-from raytune_ds.data.batch import Batch, cut
+from raytune_ds.data.batch import Batch, cut, read
 from raytune_ds.data.share import Share, fetch_rows, packs_of_row
 from raytune_ds.data.store import Store
 
@@ -32,7 +33,8 @@ def stream(
     """The micro-batches of each step, fetched ahead by Ray Data tasks.
 
     The tasks ask for no CPU: they mostly wait for storage, and a cluster whose CPUs all belong to the training workers
-    would otherwise never run them. One at a time, or Ray would start any number of processes for them.
+    would otherwise never run them. One at a time, or Ray would start any number of processes for them. It takes seconds
+    until the first of them runs, so the first step is read right here.
 
     Args:
         store: prepared.
@@ -41,6 +43,20 @@ def stream(
         steps: to fetch, in order.
         runtime_env: of the tasks, where it is not that of their caller.
     """
+    if len(steps) < 2:
+        yield from read(store, split, share, steps)
+        return
+    ahead = _ahead(store, split, share, steps[1:], runtime_env)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(next, ahead)
+        yield from read(store, split, share, steps[:1])
+        yield second.result()
+    yield from ahead
+
+
+def _ahead(
+    store: Store, split: str, share: Share, steps: range, runtime_env: dict[str, Any] | None
+) -> Iterator[list[Batch]]:
     per_task = max(STEPS_PER_TASK, -(-len(steps) // MOST_TASKS))
     tasks = [
         {"first": first, "last": min(first + per_task, steps.stop)}

@@ -27,6 +27,8 @@ from raytune_ds.console import say, table
 
 ALTERNATIONS = 5
 SEQ_LEN = 512
+# As the bare script, which torch gives as many threads as there are CPUs: two on the cluster of this bench.
+BOTH_CPUS = ("scaling.cpus_per_worker=2",)
 SHAPE = {
     "hidden_size": 768,
     "intermediate_size": 2048,
@@ -148,7 +150,7 @@ def settings(root: Path, name: str, seq_len: int = SEQ_LEN) -> list[str]:
 
 def _ours(root: Path, address: str, name: str) -> dict[str, float]:
     """Seconds since the command at which each phase ended."""
-    command = [sys.executable, "-m", "raytune_ds.train", *settings(root, name)]
+    command = [sys.executable, "-m", "raytune_ds.train", *settings(root, name), *BOTH_CPUS]
     environment = {**os.environ, **ENVIRONMENT, "RAY_ADDRESS": address}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
