@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ray
-from ray.runtime_env import RuntimeEnv
 
 from raytune_ds import cluster
 from raytune_ds.cluster import Scale
@@ -36,6 +35,7 @@ PLACED_S = 10
 # workers would begin to import later.
 HEALTH_CHECK_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+OWN_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 _BLOCKING_GET = "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"
 PROPAGATED = frozenset(
     {
@@ -53,7 +53,7 @@ PROPAGATED = frozenset(
         "RAY_TRAIN_STATE_ACTOR_RECONCILIATION_INTERVAL_S",
         _BLOCKING_GET,
         "TORCHFT_LIGHTHOUSE",
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER",
+        OWN_WATCHER,
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S",
         "NCCL_RAS_ADDR",
     }
@@ -142,10 +142,10 @@ def begin(config: Config, debug: bool) -> str | None:
 
 
 def start(config: Config, scale: Scale) -> None:
-    """Has nodes start as many processes as will become workers, and this one the first that looks after them.
+    """Has nodes start as many processes as will become workers, where there is room, on this node first.
 
-    Workers are asked for where there is room, on this node first. What else is needed beside them has time until they
-    have imported all, and would only take CPUs from them.
+    What else is needed beside workers (Ray Train's controller, a mailbox) has time until they have imported all, and
+    would only take CPUs from them.
     """
     wanted = settings(config.scaling, scale)
     propagated = {name: value for name, value in (os.environ | wanted).items() if name in PROPAGATED}
@@ -159,13 +159,10 @@ def start(config: Config, scale: Scale) -> None:
         missing -= number
         if number:
             _ask(node, propagated | hook, number)
-        if node["NodeID"] == own:
-            _ask(node, {}, 1)  # our mailbox
-            _ask(node, propagated, 1, by_driver=True)  # Ray Train's controller
 
 
-def _ask(node: dict[str, Any], env_vars: dict[str, str], number: int, by_driver: bool = False) -> None:
-    """For processes with these environment variables, of the driver's own actors or of those that actors start."""
+def _ask(node: dict[str, Any], env_vars: dict[str, str], number: int) -> None:
+    """For processes with these environment variables."""
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
 
@@ -176,10 +173,9 @@ def _ask(node: dict[str, Any], env_vars: dict[str, str], number: int, by_driver:
         num_workers=number,
     )
     env = _of_job() | ({"env_vars": _of_job().get("env_vars", {}) | env_vars} if env_vars else {})
-    # Letter by letter as Ray writes it, or they would be of another kind.
-    inherited = json.dumps(env, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    request.runtime_env_info.serialized_runtime_env = (
-        RuntimeEnv(**env).serialize() if by_driver else inherited
+    # Letter by letter as Ray hands it on to the actors of actors.
+    request.runtime_env_info.serialized_runtime_env = json.dumps(
+        env, sort_keys=True, separators=(",", ":"), ensure_ascii=False
     )
     address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
     # A node that does not answer starts its processes later, when Ray Train asks for them.
@@ -196,7 +192,7 @@ def settings(scaling: ScalingConfig, scale: Scale) -> dict[str, str]:
     """What Ray Train reads from the environment of whoever starts a run."""
     # Ray ends a worker that does not answer it, without a word of where it is: that comes after our own watch.
     patience = NEVER_S if scaling.hang_timeout_s is None else 2 * scaling.hang_timeout_s + SPARE_S
-    wanted = {HEALTH_CHECK_TIMEOUT: str(patience)}
+    wanted = {HEALTH_CHECK_TIMEOUT: str(patience), OWN_WATCHER: "0"}
     if scale.fewest is not None:
         wanted[START_TIMEOUT] = str(PLACED_S)
     return {name: value for name, value in wanted.items() if name not in os.environ}

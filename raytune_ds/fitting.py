@@ -24,6 +24,7 @@ from raytune_ds.cluster import Scale
 from raytune_ds.console import warn
 from raytune_ds.downtime import Downtime
 from raytune_ds.ending import Outcome
+from raytune_ds.lookout import Lookout
 from raytune_ds.mailbox import Event, open_mailbox
 from raytune_ds.reporter import Reporter
 from raytune_ds.rescue import rescue
@@ -82,8 +83,9 @@ class Fitting:
         self.downtime = Downtime()
         self._run, self._watcher, self._startup = assignment.run, watcher, startup
         self._mailbox = open_mailbox(assignment.run.name, assignment.config.scaling)
-        self._trainer = _trainer(assignment, scale, self._mailbox, watcher.judges)
         self._settings = early.settings(assignment.config.scaling, scale)
+        callbacks = [Reporter(self._mailbox), *([Lookout()] if early.OWN_WATCHER in self._settings else [])]
+        self._trainer = _trainer(assignment, scale, self._mailbox, watcher.judges, callbacks)
         self._ended: Future[Outcome] = Future()
         watcher.begins(self.kill)
         threading.Thread(target=self._fit, daemon=True).start()
@@ -153,7 +155,9 @@ def _work(assignment: Assignment, mailbox: Any, is_judged: bool) -> Outcome:
     return worker_main(assignment, mailbox, is_judged)
 
 
-def _trainer(assignment: Assignment, scale: Scale, mailbox: Any, is_judged: bool) -> _Trainer:
+def _trainer(
+    assignment: Assignment, scale: Scale, mailbox: Any, is_judged: bool, callbacks: list[Any]
+) -> _Trainer:
     return _Trainer(
         partial(_work, assignment=assignment, mailbox=mailbox, is_judged=is_judged),
         backend_config=NodesTorchConfig(
@@ -176,7 +180,7 @@ def _trainer(assignment: Assignment, scale: Scale, mailbox: Any, is_judged: bool
                 max_preemption_failures=assignment.config.scaling.max_preemptions,
                 controller_failure_limit=MAX_STARTS,
             ),
-            callbacks=[Reporter(mailbox)],
+            callbacks=callbacks,
             worker_runtime_env=early.runtime_env(assignment.config),
         ),
     )

@@ -42,10 +42,18 @@ ALL, FEW = "raytune_ds.early.imports", "raytune_ds.early.imports_few"
 
 
 def test_so_many_processes_are_asked_for_as_there_will_be_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And as many that read ahead for them; of the driver's own node, beside that, those that look after workers."""
-    found = asked(monkeypatch, {}, Config())
-    of_a = [("a", ALL, 2), ("a", "", 2), ("a", "", early.OVERSEERS), ("a", "", 1)]
-    assert found == [*of_a, ("b", ALL, 1), ("b", "", 1)]
+    """Of the driver's own node first, and of none that is dead."""
+    assert asked(monkeypatch, {}, Config()) == [("a", ALL, 2), ("b", ALL, 1)]
+
+
+def test_what_ray_train_hands_on_is_known() -> None:
+    """Without its package, which takes long to import. A process with another environment would become no worker."""
+    from ray.train.v2._internal import constants
+
+    assert early.PROPAGATED == constants.ENV_VARS_TO_PROPAGATE
+    assert early.HEALTH_CHECK_TIMEOUT == constants.WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
+    assert early.START_TIMEOUT == constants.WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+    assert early.OWN_WATCHER == constants.ENABLE_PREEMPTION_WATCHER_ENV_VAR
 
 
 def test_the_hook_is_the_one_that_ray_runs() -> None:
@@ -101,3 +109,17 @@ def test_each_phase_of_a_start_ends_once() -> None:
     startup.mark("connected", 109.0)
     assert startup.marks == {"connected": 1.23}
     assert startup.seconds(104.0) == 4.0
+
+
+def test_what_is_hidden_for_a_while_is_there_afterwards() -> None:
+    code = (
+        "import importlib.util, sys\n"
+        "from raytune_ds import early\n"
+        "with early._without(early.UNWANTED):\n"
+        "    assert not any(map(importlib.util.find_spec, early.UNWANTED))\n"
+        "assert not set(early.UNWANTED) & set(sys.modules)\n"
+        "import scipy.stats\n"
+        "with early._without(early.UNWANTED):\n"
+        "    assert sys.modules['scipy'] is scipy"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

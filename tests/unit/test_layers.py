@@ -43,7 +43,7 @@ ROOMS = """
     sampling decode generate prompts terminal
     network nodes doctor doctor.finding doctor.versions doctor.places doctor.agree doctor.checks doctor.collective
     doctor.cluster doctor.report stopping settle look check
-    cluster startup preflight torchgroup display metrics mailbox reporter rescue rayworker early fitting launch
+    cluster startup preflight torchgroup display metrics mailbox reporter lookout rescue rayworker early fitting launch
     sweep.records sweep.space sweep.journal sweep.sweepdir sweep.reports sweep.fork sweep.leaderboard sweep.plots
     sweep.influence sweep.report sweep.course sweep.outcome sweep.attempt sweep.trainable sweep.search sweep.schedule
     sweep.board sweep.run sweep.promote sweep.__main__
@@ -84,6 +84,7 @@ RESERVED = {
         "metrics",
         "mailbox",
         "reporter",
+        "lookout",
         "rayworker",
         "early",
         "fitting",
