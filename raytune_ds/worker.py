@@ -77,8 +77,6 @@ def _run(
     assignment: Assignment, world: World, open_stream: OpenStream, report: Report, orders: Orders
 ) -> Outcome:
     config, plan = assignment.config, assignment.plan
-    if world.device.type == "cpu":
-        allocator.keep_freed_memory()
     dtype = _common_dtype(assignment, world)
     sizes, memory = _sizes(assignment, world, dtype), world.least_memory()
     choice = choose(config.engine, sizes, memory, world.size, config.adapter.kind)
@@ -120,6 +118,8 @@ def _run(
     profile = _profile(assignment, world, report, orders)
     if progress.step < plan.total_steps:
         share = _share(assignment, world, cut.micro_batch)
+        if world.device.type == "cpu":
+            allocator.keep_freed_memory()
         hooks = hooks_of(assignment, world, engine, saver, tracking, report, orders, utilisation, profile)
         try:
             train(

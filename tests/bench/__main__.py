@@ -39,13 +39,14 @@ HEAD = ["", "tokens/s", "we are x times as fast", "peak MiB", "ours to theirs", 
 def compare(wanted: Comparison, folder: Path, data: Path | None, times: int) -> dict[str, Any]:
     """Runs the sides of a comparison in turn; all that was measured."""
     vocabulary = shapes.SHAPES[wanted.shape]["vocab_size"]
-    documents = corpus.of(wanted.data, wanted.documents, vocabulary, data)
+    documents = corpus.of(wanted.data, wanted.documents, vocabulary, data, wanted.longest)
     common = Case(
         model=str(shapes.make(wanted.shape, folder)),
         documents=str(documents.write(folder / f"{wanted.name}.jsonl")),
         lora=wanted.lora,
         dtype=wanted.dtype,
         threads=THREADS,
+        seq_len=corpus.SEQ_LEN[wanted.data],
     )
     sides, absent = {}, {}
     for number, peer in enumerate(wanted.peers):

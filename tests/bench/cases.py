@@ -36,8 +36,8 @@ class Peer:
         return own or (sys.executable if importlib.util.find_spec(self.needs) else None)
 
 
-def _trl(name: str, batch: int, seq_len: int = 0, **arguments: Any) -> Peer:
-    return Peer(name, "trlsft", {"batch": batch, "seq_len": seq_len, "arguments": arguments}, needs="trl")
+def _trl(name: str, batch: int, **arguments: Any) -> Peer:
+    return Peer(name, "trlsft", {"batch": batch, "arguments": arguments}, needs="trl")
 
 
 OURS = Peer("raytune_ds", "ours", {})
@@ -54,12 +54,13 @@ TRL_BEST = (
         gradient_checkpointing=False,
         train_sampling_strategy="group_by_length",
     ),
-    _trl("TRL, packing", 1, seq_len=1024, gradient_checkpointing=False, packing=True),
+    _trl("TRL, packing", 1, gradient_checkpointing=False, packing=True),
     _trl("TRL, padding_free", 8, gradient_checkpointing=False, padding_free=True, max_length=None),
 )
 TRL = (_trl("TRL, defaults", 8), *TRL_BEST)
 LLAMAFACTORY = Peer("LLaMA-Factory, batch 8", "llamafactory", {"batch": 8}, needs="llamafactory")
 ALL = (OURS, MATMULS, *RECIPE, *TRL, LLAMAFACTORY)
+MEMORY = (OURS, *RECIPE, TRL_BEST[2])
 FEW = (OURS, MATMULS, RECIPE[0], RECIPE[1], *TRL_BEST[1:3])
 
 
@@ -73,6 +74,7 @@ class Comparison:
         documents: how many a pass is made of.
         lora: the modules that get an adapter; None trains all parameters.
         peers: the sides; ours comes first.
+        longest: whether the documents are the longest there are, which decide about memory, or like all of them.
     """
 
     shape: str
@@ -81,12 +83,14 @@ class Comparison:
     lora: list[str] | None
     peers: tuple[Peer, ...]
     dtype: str = "float32"
+    longest: bool = False
 
     @property
     def name(self) -> str:
         """As people ask for it."""
         kind = "full" if self.lora is None else "lora"
-        return "-".join([self.shape, self.data, kind, *([] if self.dtype == "float32" else [self.dtype])])
+        dtype = [] if self.dtype == "float32" else [self.dtype]
+        return "-".join([self.shape, self.data, kind, *dtype, *(["longest"] if self.longest else [])])
 
 
 COMPARISONS = (
@@ -95,6 +99,8 @@ COMPARISONS = (
     Comparison("qwen2", "glaive", 12, TARGETS, FEW),
     Comparison("qwen2", "glaive", 12, None, FEW),
     Comparison("llama-129k", "alpaca", 24, TARGETS, FEW),
+    Comparison("qwen2", "alpaca", 8, TARGETS, MEMORY, longest=True),
+    Comparison("llama-129k", "alpaca", 8, TARGETS, MEMORY, longest=True),
     Comparison("deepseek-v3", "alpaca", 24, MLA_TARGETS, FEW),
     Comparison("qwen2-wide", "alpaca", 16, TARGETS, (OURS, MATMULS)),
     Comparison("qwen2-wide", "alpaca", 16, None, (OURS, MATMULS)),

@@ -10,7 +10,6 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +57,16 @@ class Corpus:
         return path
 
 
-def draw(name: str, lengths: Sequence[float], shares: Sequence[float], count: int, vocabulary: int) -> Corpus:
-    """Random ids by quantiles (equally far apart, from 0 to 1) of lengths and of the share that is trained on."""
+def draw(
+    name: str, lengths: Sequence[float], shares: Sequence[float], places: np.ndarray, vocabulary: int
+) -> Corpus:
+    """Random ids by quantiles (equally far apart, from 0 to 1) of lengths and of the share that is trained on.
+
+    `places` are those of the documents, from 0 to 1.
+    """
     rng = np.random.default_rng(SEED)
-    # Spread evenly over the distribution and shuffled, so that few documents have it, too.
-    even = (np.arange(count) + 0.5) / count
-    sizes = _quantile(lengths, rng.permutation(even)).round().astype(int)
-    trained = _quantile(shares, rng.permutation(even))
+    sizes = _quantile(lengths, rng.permutation(places)).round().astype(int)
+    trained = _quantile(shares, rng.permutation(places))
     documents = []
     for size, share in zip(sizes, trained, strict=True):
         answer = min(int(size) - 1, max(1, round(size * share)))
@@ -114,28 +116,42 @@ QUANTILES: dict[str, tuple[list[int], list[float]]] = {
     "long": ([1024, 2048, 3072, 4096, 6144, 8192], [0.03, 0.1, 0.25]),
 }
 LONGEST = 2048
+# Of the lengths, from where on documents are among the longest.
+LONG = 0.99
+SEQ_LEN = {"alpaca": 1024, "glaive": 2048, "long": 8192}
+"""Of packs: the smallest power of two in which no document is cut."""
 
 
-def of(name: str, count: int, vocabulary: int, folder: Path | None) -> Corpus:
+def of(name: str, count: int, vocabulary: int, folder: Path | None, longest: bool = False) -> Corpus:
     """`count` documents of a key of QUANTILES: real ones where `folder` has them, else drawn.
+
+    They are spread evenly over the lengths and shuffled, so that few of them are like all; with `longest`, they are the
+    longest ones, which decide how much memory an epoch takes.
 
     Args:
         name: a key of QUANTILES.
         count: of documents.
         vocabulary: of the model; ids are below it.
         folder: that may hold the files of tests.bench.datarows.
+        longest: see above.
     """
     real = next((rows for rows in rows_of(folder) if rows.name == name), None)
     if real is None:
         lengths, shares = QUANTILES[name]
-        return draw(name, lengths, shares, count, vocabulary)
+        return draw(name, lengths, shares, _places(count, longest), vocabulary)
     encoder = _encoder(real)
-    chosen = np.random.default_rng(SEED).permutation(len(real.originals))
     form = "alpaca" if "instruction" in real.originals[0] else "sharegpt"
-    encoded = (each for i in chosen for each in encoder.encode(to_example(real.originals[i], form)))
-    short = (each for each in encoded if len(each.ids) <= LONGEST)
-    documents = [Document(each.ids, [w != 0 for w in each.weights]) for each in islice(short, count)]
+    encoded = (each for row in real.originals for each in encoder.encode(to_example(row, form)))
+    fitting = sorted((each for each in encoded if len(each.ids) <= LONGEST), key=lambda each: len(each.ids))
+    even = (_places(count, longest) * (len(fitting) - 1)).round().astype(int)
+    chosen = (fitting[place] for place in np.random.default_rng(SEED).permutation(even))
+    documents = [Document(each.ids, [w != 0 for w in each.weights]) for each in chosen]
     return Corpus(f"{name} rows", tuple(documents))
+
+
+def _places(count: int, longest: bool) -> np.ndarray:
+    """Quantiles of lengths, from 0 to 1."""
+    return np.linspace(LONG, 1, count) if longest else (np.arange(count) + 0.5) / count
 
 
 def _encoder(rows: Rows) -> Encoder:

@@ -27,7 +27,12 @@ def main(times: int) -> None:
         for factor in TIMES_LARGER:
             name, documents = f"{factor}x", replace(one, documents=one.documents * factor)
             rows = documents.write(folder / f"{name}.jsonl")
-            case = Case(model=str(shapes.make(SHAPE, folder)), documents=str(rows), lora=TARGETS)
+            case = Case(
+                model=str(shapes.make(SHAPE, folder)),
+                documents=str(rows),
+                lora=TARGETS,
+                seq_len=corpus.SEQ_LEN["alpaca"],
+            )
             module = f"tests.bench.peers.{OURS.module}"
             sides[name] = Side(module, case.write(folder / f"{name}.json"), folder / f"{name}.log", THREADS)
             tokens[name] = documents.tokens

@@ -22,6 +22,7 @@ class Case:
         lora: module names that get an adapter of rank 8; None trains all parameters.
         dtype: what is computed in: float32 or bfloat16.
         threads: that torch computes with.
+        seq_len: of packs, for those who make any: no document is longer.
         options: of the side.
     """
 
@@ -30,6 +31,7 @@ class Case:
     lora: list[str] | None
     dtype: str = "float32"
     threads: int = 2
+    seq_len: int = 2048
     learning_rate: float = 1e-3
     options: dict[str, Any] = field(default_factory=dict)
 

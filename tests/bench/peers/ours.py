@@ -25,8 +25,7 @@ if __name__ == "__main__":
 
     case, passes = told(), protocol.Passes()
     torch.set_num_threads(case.threads)
-    allocator.keep_freed_memory()
-    seq_len = case.options.get("seq_len", 2048)
+    seq_len = case.seq_len
     micro_batch = case.options.get("micro_batch") or busy_packs(seq_len, torch.device("cpu"))
     dtype = getattr(torch, case.dtype)
     built = build(
@@ -68,6 +67,7 @@ if __name__ == "__main__":
     needed = sum(flops.of_step(b.num_tokens, b.num_targets, 0) for b in batches)
     engine = engines.build("ddp", task)
     engine.module.train()
+    allocator.keep_freed_memory()
     while True:
         passes.begin()
         done = optimizer_step(engine, OBJECTIVES["sft"], batches, World.alone(), lr=case.learning_rate)

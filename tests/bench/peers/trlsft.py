@@ -20,7 +20,7 @@ if __name__ == "__main__":
     config = SFTConfig(
         **{
             # No document is cut. Where packs are fewer than documents, the end of an epoch ends the step.
-            "max_length": max(longest, case.options["seq_len"]),
+            "max_length": max(longest, case.seq_len),
             **arguments(case, len(rows), case.options["batch"]),
         }
     )
