@@ -7,6 +7,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     tensorfile                         ranges of the tensors in a safetensors file anywhere
     section, cluster-/sweep-/adapterconfig, config  the config tree; compatible: what goes with what in it
     keys, yamlfile, compose, naming    how YAML and key=value become one; names made from it
+    adapterreport, ending              what an adapter trains, for people; how a worker ended, for the driver
     deploy/                            the files of a cluster, made from the config
     data/values, conversation          what a row's JSON holds; messages of any spelling to a conversation
     data/demonstrations, preferences   rows that show answers; rows that judge them
@@ -23,37 +24,39 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     data/sketch, inspection, sightings what a text has in common with others; what is odd about a row; how often
     data/job, chunks, fit, scatter     what tasks are told and tell; rows to sequences that fit, scattered over buckets
     data/duplicates, gate, buckets     rows that come twice; whether a run may begin; sequences to packs
-    data/prepare (R)                   the Ray Data job that does it all, once
+    data/making (R), prepare           the Ray Data job that does it all, once; a store, found or made
     data/share, batch, stream (R)      what a rank reads of a global batch, as `Batch`es, read ahead
     data/show, sample, spelled, page   a store as a person sees it: in the terminal; a bounded look at its packs; tokens
                                        one by one; a page of all that
     allocator, phases, world, rundir   how memory is given out; what a step is at; the ranks; the run directory
     watch, downtime, stacks            workers that hang; what a restart costs; the stacks of a process
     profilepage, profiling             where the time of a step goes: the page, and how it is measured
-    model/                             tiny models, packed attention and losses, the kernels that compute them, weights
-                                       by ranges; what a model is made of (anatomy), which of it is adapted (targets);
-                                       adapters, what they begin with (initial), and those of bare parameters on the
-                                       tokens (lowrank, grouped); frozen weights as bytes (lowbits, quantize); build:
-                                       the module that is trained, without weights yet; footprint: what a pass takes of
-                                       memory
+    model/                             a model's folder, tiny models, packed attention and losses, the kernels that
+                                       compute them, weights by ranges; what a model is made of (anatomy), which of it
+                                       is adapted (targets); adapters, what they begin with (initial), and those of bare
+                                       parameters on the tokens (lowrank, grouped); frozen weights as bytes (lowbits,
+                                       quantize); build: the module that is trained, without weights yet; footprint:
+                                       what a pass takes of memory
     objectives/, engines/              a batch to a loss sum; gradients to an update, and who holds which part
-    checkpoint, saver                  checkpoints, of no engine and no world size; taking them while training goes on
+    catalog, checkpoint, saver         which checkpoints there are; of no engine and no world size; taking them while
+                                       training goes on
     before                             the model that a run began with, whole and at its commit
     tracking, modelcard                what else a run leaves behind
     modelfiles, export                 the weight files of a model; final/
     wrapped, merge, combine            a base model without memory in an adapter; the two merged; adapters made one
     logits, tuned, gguf, push          a merged model beside its adapter; what llama.cpp wants; to the hub
     bysource                           losses of each source
-    guard, loop                        steps that go wrong; the training loop
+    milestones, guard, loop            how long a run is and what happens when; steps that go wrong; the training loop
     assignment, memory, hooks, worker  what a worker is told; how much it computes at once; what its loop sets off; one
                                        worker, start to end (no Ray)
     sampling, decode, generate         how tokens are chosen; a batch, token by token; answers of a finished run
     prompts, terminal                  files of prompts and answers; answers as a person sees them
     network, nodes (R), doctor/        the interface between nodes; a function on each of them; what is wrong
-    settle, check, cluster,            what the model decides of a config; what is tried first, of the config and of
-    preflight (R)                      the cluster; the Ray it runs on
+    settle, look, found                what the model decides of a config; a look at it, and what earlier looks found
+    check, cluster, preflight (R)      what is tried first, of the config and of the cluster; the Ray it runs on
     metrics, torchgroup (R)            the run as Ray metrics; torch's process group
-    mailbox, rayworker, fitting (R)    between workers and driver; a worker inside Ray Train; a run on it
+    mailbox, reporter, lookout (R)     between workers and driver; what Ray Train's controller tells; nodes about to go
+    rayworker, fitting (R)             a worker inside Ray Train; a run on it
     startup, early (R)                 how long a launch takes to its first step; processes that wait to be workers
     rescue                             what is done about workers that hang
     launch (R)                         a config to a finished run
@@ -83,6 +86,10 @@ resumes asks the checkpoint's `Reader` for other ranges, and `export` makes of i
 A sweep's way: `space` holds every value against the config; `search` suggests, `schedule` decides, and `journal` writes
 both down; an `attempt` is a run whose evaluations wait for the decision. After a crash everything is told again from
 the journal and the runs' own files, so searcher and scheduler need no state of their own.
+
+A launch's way to its first step: workers' processes are asked for and import torch (`early`), while the driver, which
+needs none of it where model, adapter and data were seen before (`found`, `prepare`), checks the rest and starts Ray
+Train.
 
 R marks where Ray is imported.
 """

@@ -17,6 +17,7 @@ from raytune_ds.compatible import conflicts
 from raytune_ds.section import Count, Section, Text, about, without_credentials
 from raytune_ds.sweepconfig import SweepConfig
 
+PROFILED_STEPS = 50
 TINY_MODELS = tuple(
     f"tiny:{name}"
     for name in ("deepseek-v2", "deepseek-v3", "deepseek-v3.2", "deepseek-v4", "qwen2", "qwen3", "llama")
@@ -461,7 +462,7 @@ class TrainConfig(Section):
         default=None,
         description="[first, last] of the optimizer steps that are profiled: where their time goes is written to "
         "profile/ in the run directory, a page (summary.md) and a trace of each worker. A few steps behind the first "
-        "ones are enough. null: none, because a profiled step takes longer.",
+        f"ones are enough, {PROFILED_STEPS} the most. null: none, because a profiled step takes longer.",
     )
 
     @field_validator("profile", mode="before")
@@ -476,6 +477,11 @@ class TrainConfig(Section):
     def _first_comes_first(cls, profile: tuple[int, int] | None) -> tuple[int, int] | None:
         if profile is not None and profile[0] > profile[1]:
             raise ValueError(f"runs from {profile[0]} to {profile[1]}; write the first step first")
+        if profile is not None and profile[1] - profile[0] >= PROFILED_STEPS:
+            raise ValueError(
+                f"runs from {profile[0]} to {profile[1]}; at most {PROFILED_STEPS} steps, for what a profile "
+                "remembers of each lies in memory until the last"
+            )
         return profile
 
     @field_validator("activation_checkpointing")

@@ -15,6 +15,7 @@ PATTERNS = ("*.safetensors", "*.bin")
 
 _SINGLE = {"*.safetensors": "model.safetensors", "*.bin": "pytorch_model.bin"}
 _SAMPLES, _SAMPLE_BYTES = 64, 1024
+_LARGE = 64 << 20
 
 
 def files(folder: Path) -> list[Path]:
@@ -68,12 +69,19 @@ def fingerprint(folder: Path) -> str:
 
 
 def digest_beside_weights(folder: Path) -> str:
-    """A hash over all that lies beside the weights: config, tokenizer, the model's own Python."""
+    """A hash over what lies beside the weights: config, tokenizer, the model's own Python.
+
+    Hidden folders (git's, the hub's cache) are passed over, and files too large to be any of these are told by their
+    size and time: some models bring their weights once more, in another form.
+    """
     weights, digest = set(files(folder)), xxhash.xxh3_128()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path not in weights:
-            digest.update(f"{path.relative_to(folder)}:{path.stat().st_size}".encode())
-            digest.update(path.read_bytes())
+        place = path.relative_to(folder)
+        if path in weights or not path.is_file() or any(part.startswith(".") for part in place.parts):
+            continue
+        told = path.stat()
+        digest.update(f"{place}:{told.st_size}".encode())
+        digest.update(path.read_bytes() if told.st_size <= _LARGE else str(told.st_mtime_ns).encode())
     return digest.hexdigest()
 
 

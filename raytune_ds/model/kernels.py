@@ -11,7 +11,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -34,12 +34,12 @@ class Kernels:
 
     Attributes:
         attention: of packs: varlen or sdpa.
-        liger: norms, rotary embeddings and SwiGLU by liger-kernel.
+        liger: norms, rotary embeddings and SwiGLU by liger-kernel, True, or where it has some for the model, "auto".
         compiled: layers by torch.compile.
     """
 
     attention: str
-    liger: bool
+    liger: bool | Literal["auto"]
     compiled: bool
 
     @staticmethod
@@ -74,7 +74,7 @@ class Kernels:
         liger = config.model.liger_kernel
         return Kernels(
             attention=kernel_name(config.model.attention, device.type, dtype),
-            liger=device.type == "cuda" and liger_is_installed() if liger == "auto" else liger,
+            liger=liger if liger != "auto" or (device.type == "cuda" and liger_is_installed()) else False,
             compiled=config.train.torch_compile is True,
         )
 
@@ -84,9 +84,17 @@ class Kernels:
         Args:
             base: with an adapter around its parts or without one; weights are not needed.
             layers: of it.
+
+        Raises:
+            UserError: liger is asked for by name, and has no kernels for the model.
         """
         if self.liger:
             apply_liger(base)
+            if self.liger is True and not _has_liger(base):
+                raise UserError(
+                    f"model.liger_kernel = true: liger-kernel has no kernels for models of type "
+                    f"{base.config.model_type}; set auto or false."
+                )
         if self.compiled:
             compile_layers(layers)
 
@@ -96,9 +104,7 @@ class Kernels:
         used = [f"{self.attention} attention" if packs else "the architecture's own attention"]
         if base._can_set_experts_implementation():
             used.append(f"{base.config._experts_implementation} experts")
-        if self.liger:
-            fused = any("_get_name" in vars(module) for module in base.modules())
-            used += ["liger norms and SwiGLU"] if fused else []
+        used += ["liger norms and SwiGLU"] if self.liger and _has_liger(base) else []
         used += ["compiled layers"] if self.compiled else []
         return f"kernels: {', '.join(used)}"
 
@@ -148,6 +154,10 @@ def apply_liger(model: PreTrainedModel) -> None:
         for name in _PATCHED:
             vars(module).pop(name, None)
         vars(module).update(kept)
+
+
+def _has_liger(model: PreTrainedModel) -> bool:
+    return any("_get_name" in vars(module) for module in model.modules())
 
 
 def _on_gpus(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:

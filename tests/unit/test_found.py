@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from raytune_ds import found, look
 from raytune_ds.check import Checked, check, vary
 from raytune_ds.compose import compose
 from raytune_ds.errors import UserError
+from raytune_ds.model import folder
 
 
 @pytest.fixture
@@ -84,6 +86,23 @@ def test_another_file_in_the_folder_is_another_model(
     path.write_bytes(content + b"\n" if is_text else content[:half] + bytes(len(content) - half))
     checked(tmp_path, model)
     assert len(looks) == 2
+
+
+def test_what_is_too_large_to_read_is_told_by_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights in another form may be; and what git or the hub keep there belongs to no model."""
+    monkeypatch.setattr(folder, "_LARGE", 8)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    large, hidden = tmp_path / "original" / "all.pth", tmp_path / ".git" / "index"
+    for path in (large, hidden):
+        path.parent.mkdir()
+        path.write_bytes(b"0123456789")
+    before = folder.digest_beside_weights(tmp_path)
+    hidden.write_bytes(b"another")
+    assert folder.digest_beside_weights(tmp_path) == before
+    os.utime(large, (1, 1))
+    assert folder.digest_beside_weights(tmp_path) != before
 
 
 def test_a_trial_with_another_adapter_is_looked_at(

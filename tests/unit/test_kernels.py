@@ -76,7 +76,7 @@ def chosen(*overrides: str, device: torch.device = CPU, engine: str = "ddp") -> 
 
 def test_auto_takes_what_runs_and_is_installed(with_liger: None) -> None:
     assert chosen() == Kernels(attention="sdpa", liger=False, compiled=False)
-    assert chosen(device=CUDA) == Kernels(attention="varlen", liger=True, compiled=False)
+    assert chosen(device=CUDA) == Kernels(attention="varlen", liger="auto", compiled=False)
     asked = ("model.attention=sdpa", "model.liger_kernel=false", "train.torch_compile=true")
     assert chosen(*asked, device=CUDA) == Kernels(attention="sdpa", liger=False, compiled=True)
 
@@ -181,6 +181,17 @@ def fake_liger(monkeypatch: pytest.MonkeyPatch, apply: Any) -> None:
     for name in ("liger_kernel", "liger_kernel.transformers"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, code.__name__, code)
+
+
+def test_liger_that_is_asked_for_by_name_is_there_or_refused(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that it does not know it says so in its log, and does nothing."""
+    fake_liger(monkeypatch, lambda model, **settings: None)
+    made = built(tiny_models["qwen2"], liger="auto")
+    assert "liger" not in Kernels("sdpa", "auto", False).describe(made.base)
+    with pytest.raises(UserError, match="no kernels for models of type qwen2"):
+        built(tiny_models["qwen2"], liger=True)
 
 
 def test_liger_goes_into_one_model_and_leaves_experts_and_other_models_alone(
