@@ -52,7 +52,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     sampling, decode, generate         how tokens are chosen; a batch, token by token; answers of a finished run
     prompts, terminal                  files of prompts and answers; answers as a person sees them
     network, nodes (R), doctor/        the interface between nodes; a function on each of them; what is wrong
-    settle, look, found                what the model decides of a config; a look at it, and what earlier looks found
+    found, settle, look                what earlier looks at a model found; what it decides of a config; a look at it
     check, cluster, preflight (R)      what is tried first, of the config and of the cluster; the Ray it runs on
     metrics, torchgroup (R)            the run as Ray metrics; torch's process group
     mailbox, reporter, lookout (R)     between workers and driver; what Ray Train's controller tells; nodes about to go

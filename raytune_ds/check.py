@@ -72,7 +72,7 @@ def check(config: Config, to_train: bool = True) -> Checked:
         say(f"data: {line}")
     model = _located(config, inputs, root)
     tokenizer = TokenizerSpec.of(model, config.data.chat_template)
-    found = _found(config, model, tokenizer, root)
+    found = _found(config, model, tokenizer, root, _fingerprint(model))
     return Checked(
         config=_settled(config, model, found),
         root=root,
@@ -100,7 +100,11 @@ def vary(base: Checked, config: Config) -> Checked:
     if same_model and config.adapter == base.config.adapter:
         return replace(base, config=config, inputs=inputs, ds_config=_vary_engine(base, config))
     tokenizer = base.tokenizer if same_model else TokenizerSpec.of(model, config.data.chat_template)
-    found = _found(config, model, tokenizer, base.root)
+    known = base.base.fingerprint if same_model and base.base.revision is None else _fingerprint(model)
+    found = _found(config, model, tokenizer, base.root, known)
+    weights = found.base
+    if same_model:  # at the commit that the first look found, wherever this trial runs
+        weights = replace(base.base, total=weights.total, trainable=weights.trainable)
     return Checked(
         config=_settled(config, model, found),
         root=base.root,
@@ -108,18 +112,19 @@ def vary(base: Checked, config: Config) -> Checked:
         model=model,
         tokenizer=replace(tokenizer, traits=found.traits),
         report=found.report,
-        base=found.base,
+        base=weights,
         ds_config=_vary_engine(base, config),
     )
 
 
-def _found(config: Config, model: ModelConfig, tokenizer: TokenizerSpec, root: str) -> Found:
-    """What an earlier launch found of the model, or a look at it.
+def _found(
+    config: Config, model: ModelConfig, tokenizer: TokenizerSpec, root: str, weights: str | None
+) -> Found:
+    """What an earlier launch found of the model, or a look at it; `weights` is the fingerprint of its folder.
 
     Raises:
         UserError: there is no such model, or it does not go with the config.
     """
-    weights = _fingerprint(Path(model.name))
     key = key_of(config, model, weights, tokenizer) if weights else None
     if key is not None and (found := recall(root, key)) is not None:
         return found
@@ -131,12 +136,19 @@ def _found(config: Config, model: ModelConfig, tokenizer: TokenizerSpec, root: s
     return found
 
 
-def _fingerprint(folder: Path) -> str | None:
-    """Of the weights of a model directory; None for one of the hub, and where loading it will tell what is wrong."""
-    try:
-        return fingerprint(folder) if folder.is_dir() else None
-    except OSError:
+def _fingerprint(model: ModelConfig) -> str | None:
+    """Of the weights of a model directory; None for one of the hub, and for a folder without a config.
+
+    Raises:
+        UserError: they can't be read.
+    """
+    folder = Path(model.name)
+    if not (folder / "config.json").is_file():
         return None
+    try:
+        return fingerprint(folder)
+    except OSError as error:
+        raise UserError(f"model.name = {folder}: can't be read: {error}") from error
 
 
 def _settled(config: Config, model: ModelConfig, found: Found) -> Config:

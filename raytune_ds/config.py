@@ -100,8 +100,9 @@ class ModelConfig(Section):
     )
     liger_kernel: bool | Literal["auto"] = Field(
         default="auto",
-        description="Norms, rotary embeddings and SwiGLU by the fused kernels of liger-kernel, where it knows "
-        "the architecture. auto: on GPUs where liger-kernel is installed (pip install liger-kernel).",
+        description="Norms, rotary embeddings and SwiGLU by the fused kernels of liger-kernel. true: refused "
+        "where it does not know the architecture. auto: where it does, on GPUs, if liger-kernel is installed (pip "
+        "install liger-kernel).",
     )
     add_tokens: tuple[Text, ...] = Field(
         default=(),
@@ -352,7 +353,7 @@ class TrainConfig(Section):
     micro_batch: Count | Literal["auto"] = Field(
         default="auto",
         description="Packs one worker computes at once; accumulation makes up the rest of train.global_batch. auto: as "
-        "many as fit into a GPU's memory by an estimate that is made before training; on CPUs about 2048 tokens, which "
+        "many as fit into a GPU's memory by an estimate that is made before training; on CPUs about 1024 tokens, which "
         "keep them busy. A restart with the same workers keeps what was chosen.",
     )
     learning_rate: float = Field(
@@ -440,7 +441,7 @@ class TrainConfig(Section):
         default="auto",
         description="Layers that recompute their activations in the backward pass instead of keeping them: none; full: "
         "all, which takes a third more time; every-N (every-2, every-3 ...): each N-th. auto: as few as let about 8192 "
-        "tokens (on CPUs 2048) into the memory of a worker, by an estimate that is made before training.",
+        "tokens (on CPUs 1024) into the memory of a worker, by an estimate that is made before training.",
     )
     torch_compile: bool | Literal["auto"] = Field(
         default="auto",
@@ -462,7 +463,8 @@ class TrainConfig(Section):
         default=None,
         description="[first, last] of the optimizer steps that are profiled: where their time goes is written to "
         "profile/ in the run directory, a page (summary.md) and a trace of each worker. A few steps behind the first "
-        f"ones are enough, {PROFILED_STEPS} the most. null: none, because a profiled step takes longer.",
+        f"ones are enough; of more than {PROFILED_STEPS} the first are. null: none, because a profiled step takes "
+        "longer.",
     )
 
     @field_validator("profile", mode="before")
@@ -477,11 +479,6 @@ class TrainConfig(Section):
     def _first_comes_first(cls, profile: tuple[int, int] | None) -> tuple[int, int] | None:
         if profile is not None and profile[0] > profile[1]:
             raise ValueError(f"runs from {profile[0]} to {profile[1]}; write the first step first")
-        if profile is not None and profile[1] - profile[0] >= PROFILED_STEPS:
-            raise ValueError(
-                f"runs from {profile[0]} to {profile[1]}; at most {PROFILED_STEPS} steps, for what a profile "
-                "remembers of each lies in memory until the last"
-            )
         return profile
 
     @field_validator("activation_checkpointing")

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -59,6 +60,8 @@ PROPAGATED = frozenset(
     }
 )
 """What Ray Train hands on of a driver's environment."""
+_ours = Counter[str]()
+"""How many runs of this process have set a variable."""
 # Longer than any run; and what Ray waits beyond our own watch.
 NEVER_S, SPARE_S = 1e9, 300.0
 
@@ -195,15 +198,18 @@ def settings(scaling: ScalingConfig, scale: Scale) -> dict[str, str]:
     wanted = {HEALTH_CHECK_TIMEOUT: str(patience), OWN_WATCHER: "0"}
     if scale.fewest is not None:
         wanted[START_TIMEOUT] = str(PLACED_S)
-    return {name: value for name, value in wanted.items() if name not in os.environ}
+    return {name: value for name, value in wanted.items() if name not in os.environ or _ours[name]}
 
 
 @contextlib.contextmanager
 def in_environment(variables: dict[str, str]) -> Iterator[None]:
-    """With these variables, which were not set before."""
+    """With these variables, which the user has not set; another run of this process may have set the same."""
     os.environ.update(variables)
+    _ours.update(variables.keys())
     try:
         yield
     finally:
+        _ours.subtract(variables.keys())
         for name in variables:
-            os.environ.pop(name, None)
+            if not _ours[name]:
+                os.environ.pop(name, None)

@@ -109,7 +109,7 @@ class Fitting:
     def kill(self) -> None:
         """Ends the workers, whatever they are at; what they had not written yet is lost."""
         with contextlib.suppress(ray.exceptions.RayError):
-            pickled, places = ray.get(self._mailbox.controller.remote(), timeout=ABORT_S)
+            pickled, _ = ray.get(self._mailbox.controller.remote(), timeout=ABORT_S)
             if pickled is None:
                 return
             controller = ray.cloudpickle.loads(pickled)
@@ -117,8 +117,14 @@ class Fitting:
                 # An actor that has ended cannot answer: the error is the sign of success.
                 ray.get(controller.abort.remote(), timeout=ABORT_S)
             ray.kill(controller)
+            # Aborting takes seconds, and begins with the end of what would give them back for a dead controller.
+            self._free()
+
+    def _free(self) -> None:
+        """Gives the workers' places back, which a controller that is killed can't."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            _, places = ray.get(self._mailbox.controller.remote(), timeout=ABORT_S)
             if places is not None:
-                # Aborting takes seconds, and begins with the end of what would give them back for a dead controller.
                 remove_placement_group(places)
 
     def _fit(self) -> None:
@@ -127,6 +133,7 @@ class Fitting:
             with early.in_environment(self._settings), self._watcher, following:
                 outcome = self._trainer.fit().return_value
         except BaseException as error:
+            self._free()
             self._ended.set_exception(error)
         else:
             assert isinstance(outcome, Outcome)
@@ -139,7 +146,8 @@ class _Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray's, untyped
     """With fewer processes that have to start before workers do.
 
     Ours read their own data, so nothing serves datasets to them. And the placement group of a run that a driver started
-    ends with the driver; only that of an actor, of a trial that is, would outlive it without Ray Train's cleaner.
+    is given back by the driver, or ends with it; that of an actor, of a trial that is, would outlive both without Ray
+    Train's cleaner.
     """
 
     def _create_default_callbacks(self) -> list[Any]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -24,7 +24,7 @@ from raytune_ds.data.tokenizer import TokenizerSpec, Traits
 from raytune_ds.model.folder import digest_beside_weights
 
 FOLDER = ".found"
-_MAKERS = ("torch", "transformers", "tokenizers", "peft")
+_MAKERS = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "torchao")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ _FOUND = TypeAdapter(Found)
 
 
 def key_of(config: Config, model: ModelConfig, fingerprint: str, tokenizer: TokenizerSpec) -> str | None:
-    """What all of it depends on; None where that can't be told without a look.
+    """What all of it depends on; None where nothing tells that.
 
     Args:
         config: composed.
@@ -56,16 +56,19 @@ def key_of(config: Config, model: ModelConfig, fingerprint: str, tokenizer: Toke
         fingerprint: of its weights.
         tokenizer: of the model.
     """
-    folder = Path(model.name)
-    if not folder.is_dir() or config.adapter.path is not None:
-        return None  # the hub may have something newer, and an adapter's directory another one
+    if model.trust_remote_code or config.adapter.path is not None:
+        return None  # a model's own code may look at anything, and an adapter's directory may be another one
+    try:
+        beside = digest_beside_weights(Path(model.name))
+    except OSError:
+        return None
     state = {
-        "made by": [_own_code(), *map(version, _MAKERS)],
+        "made by": [_own_code(), *map(_version, _MAKERS)],
         "weights": fingerprint,
-        "beside": digest_beside_weights(folder),
+        "beside": beside,
         "model": model.model_dump(mode="json", exclude={"name"}),
         "adapter": config.adapter.model_dump(mode="json"),
-        "tokenizer": asdict(tokenizer) | {"name": None},
+        "tokenizer": asdict(tokenizer) | {"name": None, "traits": None},
     }
     return hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -83,6 +86,13 @@ def keep(root: str, key: str, found: Found) -> None:
     with contextlib.suppress(OSError):
         storage.make_dir(f"{root}/{FOLDER}")
         storage.write_bytes(f"{root}/{FOLDER}/{key}.json", _FOUND.dump_json(found))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Looks for nodes that are about to go, as Ray Train does, but not while workers start."""
+"""Looks for nodes that are about to go, as Ray Train does, but not while a run starts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ class Lookout(PreemptionCallback):  # type: ignore[misc]  # Ray's, untyped
         """Watches nothing yet."""
         super().__init__()
         self._unwatched: Any = None
-        self._started = 0.0
+        self._is_first, self._started = True, 0.0
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """Once new workers are there."""
-        self._stop_watcher()
+        """Once new workers are there. Where nodes have gone already the next may be about to."""
+        if not self._is_first:
+            super().after_worker_group_start(worker_group)
+            return
+        self._is_first = False
         self._unwatched, self._started = worker_group, time.monotonic()
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:

@@ -26,7 +26,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         sys.stdout.write(dump(config))
         return 0
-    # Ray and torch are imported only once the config is known to be right.
+    # Ray is imported only once the config is known to be right.
     from raytune_ds.startup import Startup, process_began
 
     startup = Startup(process_began())
@@ -37,7 +37,7 @@ def _train(arguments: argparse.Namespace) -> int:
     where = early.begin(config, arguments.debug)
     if where is not None:
         startup.mark("connected")
-    with stoppable():  # torch takes seconds to import, here as in the workers
+    with stoppable():  # it takes a while to import
         from raytune_ds.launch import launch
 
     launch(config, arguments.debug, startup, where)

@@ -21,6 +21,7 @@ from raytune_ds.assignment import Assignment, require_same_run
 from raytune_ds.bysource import Sources
 from raytune_ds.catalog import Manifest
 from raytune_ds.checkpoint import Reader
+from raytune_ds.config import PROFILED_STEPS
 from raytune_ds.data.batch import Batch, read
 from raytune_ds.data.chat import as_trained
 from raytune_ds.data.order import Order
@@ -352,6 +353,12 @@ def _profile(assignment: Assignment, world: World, report: Report, orders: Order
     if window is not None and window[0] > total:
         text = f"train.profile = {list(window)}: the run has {total} steps, so none of them is profiled"
         report("warning", {"text": text})
+    if window is not None and window[1] - window[0] >= PROFILED_STEPS:
+        # What is remembered of each step lies in memory until the last.
+        window = (window[0], window[0] + PROFILED_STEPS - 1)
+        report(
+            "note", {"text": f"train.profile: the first {PROFILED_STEPS} steps, {list(window)}, are profiled"}
+        )
     return Profile(
         window,
         assignment.run,

@@ -47,10 +47,11 @@ def stream(
         yield from read(store, split, share, steps)
         return
     ahead = _ahead(store, split, share, steps[1:], runtime_env)
-    with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(next, ahead)
-        yield from read(store, split, share, steps[:1])
-        yield second.result()
+    pool = ThreadPoolExecutor(1)
+    second = pool.submit(next, ahead)
+    pool.shutdown(wait=False)  # whoever wants no more after the first step does not wait for the second
+    yield from read(store, split, share, steps[:1])
+    yield second.result()
     yield from ahead
 
 

@@ -69,18 +69,20 @@ def fingerprint(folder: Path) -> str:
 
 
 def digest_beside_weights(folder: Path) -> str:
-    """A hash over what lies beside the weights: config, tokenizer, the model's own Python.
+    """A hash over what lies beside the weights: config, tokenizer, chat templates.
 
-    Hidden folders (git's, the hub's cache) are passed over, and files too large to be any of these are told by their
-    size and time: some models bring their weights once more, in another form.
+    A file too large to be any of these is told by its size and time: some models bring their weights once more, in
+    another form.
+
+    Raises:
+        OSError: a file can't be read.
     """
     weights, digest = set(files(folder)), xxhash.xxh3_128()
-    for path in sorted(folder.rglob("*")):
-        place = path.relative_to(folder)
-        if path in weights or not path.is_file() or any(part.startswith(".") for part in place.parts):
-            continue
+    beside = [path for path in folder.iterdir() if path.is_file()]
+    beside += folder.glob("*/*.jinja")  # where transformers keeps further templates
+    for path in sorted(set(beside) - weights):
         told = path.stat()
-        digest.update(f"{place}:{told.st_size}".encode())
+        digest.update(f"{path.relative_to(folder)}:{told.st_size}".encode())
         digest.update(path.read_bytes() if told.st_size <= _LARGE else str(told.st_mtime_ns).encode())
     return digest.hexdigest()
 

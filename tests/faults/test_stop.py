@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -17,7 +19,7 @@ from ray.util.placement_group import placement_group_table
 from raytune_ds.errors import Stopped
 from tests.conftest import TOKEN
 from tests.faults.conftest import ROWS, SETTINGS
-from tests.head import Head, environment_with
+from tests.head import Head, environment_with, run_here
 from tests.helpers import Run, step_losses, write_jsonl
 
 SECRET = "known-to-the-client-alone"
@@ -117,6 +119,20 @@ def test_a_stopped_job_resumes_to_the_same_model(
     ours = resumed.stdout.split("Running entrypoint")[1].split("Job 'raysubmit")[0]
     assert "\r" not in ours
     assert "\x1b[?" not in ours
+
+
+def test_a_driver_that_is_killed_keeps_no_places(token_head: Head, folder: Path, tmp_path: Path) -> None:
+    """All CPUs were its workers': the next one would wait for ever."""
+    command = [sys.executable, "-m", "raytune_ds.train", "--config", "my.yaml"]
+    command += [*SETTINGS, f"run.storage={tmp_path}", "run.name=killed", "train.max_steps=400"]
+    environment = token_head.environment | {"RAY_ADDRESS": token_head.address}
+    with (tmp_path / "log").open("w") as log:
+        first = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
+    _wait_for_lines(tmp_path / "killed" / "metrics.jsonl", 10)
+    first.kill()
+    first.wait()
+    second = run_here([*command, "run.name=next", "train.max_steps=5"], environment)
+    assert second.returncode == 0, second.stdout + second.stderr
 
 
 def test_a_job_without_the_token_is_not_accepted(token_head: Head, folder: Path, tmp_path: Path) -> None:

@@ -111,6 +111,15 @@ def test_each_phase_of_a_start_ends_once() -> None:
     assert startup.seconds(104.0) == 4.0
 
 
+def test_all_that_a_worker_needs_is_imported() -> None:
+    """Whatever is hidden meanwhile: an import that fails there is told nowhere."""
+    code = (
+        "from raytune_ds import early; early.imports()\n"
+        "import sys; assert {'peft', 'raytune_ds.rayworker'} <= set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_what_is_hidden_for_a_while_is_there_afterwards() -> None:
     code = (
         "import importlib.util, sys\n"

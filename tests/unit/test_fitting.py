@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import ray
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.controller.state import RestartingState, RunningState
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from raytune_ds import early, fitting, reporter
@@ -206,3 +209,30 @@ def test_a_restart_is_told_once_however_long_it_takes() -> None:
     post.restart([0], "bad")
     threading.Event().wait(0.01)
     assert [kind for kind, _, _ in post.take()] == ["restart"]
+
+
+def test_two_runs_of_a_process_set_the_same_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first has set was not set by the user, and stays until both have ended."""
+    scale = Scale(2, False, 1)
+    monkeypatch.delenv(early.OWN_WATCHER, raising=False)
+    first = early.settings(ScalingConfig(), scale)
+    with early.in_environment(first):
+        second = early.settings(ScalingConfig(), scale)
+        assert second == first
+        with early.in_environment(second):
+            pass
+        assert os.environ[early.OWN_WATCHER] == "0"
+    assert early.OWN_WATCHER not in os.environ
+
+
+@pytest.mark.parametrize(("actor", "cleans"), [(None, False), ("an actor", True)])
+def test_places_outlive_an_actor_alone(
+    monkeypatch: pytest.MonkeyPatch, actor: str | None, cleans: bool
+) -> None:
+    callbacks = [object.__new__(PlacementGroupCleanerCallback), object.__new__(DatasetsCallback), "another"]
+    monkeypatch.setattr(DataParallelTrainer, "_create_default_callbacks", lambda self: callbacks)
+    monkeypatch.setattr(
+        fitting.ray, "get_runtime_context", lambda: SimpleNamespace(get_actor_id=lambda: actor)
+    )
+    left = object.__new__(fitting._Trainer)._create_default_callbacks()
+    assert left == ([callbacks[0], "another"] if cleans else ["another"])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raytune_ds import check as check_module
 from raytune_ds import found, look
 from raytune_ds.check import Checked, check, vary
-from raytune_ds.compose import compose
+from raytune_ds.compose import compose, replaced
 from raytune_ds.errors import UserError
 from raytune_ds.model import folder
 
@@ -71,7 +73,9 @@ def test_what_decides_makes_a_difference(
     assert len(looks) == 2
 
 
-@pytest.mark.parametrize("changed", ["config.json", "tokenizer_config.json", "extra.py", "model.safetensors"])
+@pytest.mark.parametrize(
+    "changed", ["config.json", "tokenizer_config.json", "extra.py", "more/one.jinja", "model.safetensors"]
+)
 def test_another_file_in_the_folder_is_another_model(
     tmp_path: Path, tiny_models: dict[str, Path], looks: list[str], changed: str
 ) -> None:
@@ -79,6 +83,7 @@ def test_another_file_in_the_folder_is_another_model(
     shutil.copytree(tiny_models["qwen2"], model)
     checked(tmp_path, model)
     path = model / changed
+    path.parent.mkdir(exist_ok=True)
     content = path.read_bytes() if path.exists() else b""
     # Half of the weights, white space of what is text.
     half = len(content) // 2
@@ -91,18 +96,67 @@ def test_another_file_in_the_folder_is_another_model(
 def test_what_is_too_large_to_read_is_told_by_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights in another form may be; and what git or the hub keep there belongs to no model."""
+    """Weights in another form may be; and runs may lie below the folder."""
     monkeypatch.setattr(folder, "_LARGE", 8)
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    large, hidden = tmp_path / "original" / "all.pth", tmp_path / ".git" / "index"
-    for path in (large, hidden):
-        path.parent.mkdir()
+    large, below = tmp_path / "model.gguf", tmp_path / "run" / "metrics.jsonl"
+    for path in (large, below):
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"0123456789")
     before = folder.digest_beside_weights(tmp_path)
-    hidden.write_bytes(b"another")
+    below.write_bytes(b"another")
     assert folder.digest_beside_weights(tmp_path) == before
     os.utime(large, (1, 1))
     assert folder.digest_beside_weights(tmp_path) != before
+
+
+def test_a_file_that_can_not_be_read_only_costs_the_look(
+    tmp_path: Path, tiny_models: dict[str, Path], looks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: Path) -> str:
+        raise PermissionError("training_args.bin")
+
+    monkeypatch.setattr(found, "digest_beside_weights", refused)
+    for _ in range(2):
+        checked(tmp_path, tiny_models["qwen2"])
+    assert len(looks) == 2
+
+
+def test_weights_that_can_not_be_read_are_named(
+    tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(folder: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(folder / "model.safetensors"))
+
+    monkeypatch.setattr(check_module, "fingerprint", refused)
+    with pytest.raises(UserError, match=r"Permission denied.*model\.safetensors"):
+        checked(tmp_path, tiny_models["qwen2"])
+
+
+def test_another_package_may_make_another_model(
+    tmp_path: Path, tiny_models: dict[str, Path], looks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked(tmp_path, tiny_models["qwen2"])
+    real = found.version
+    monkeypatch.setattr(found, "version", lambda name: "0" if name == "bitsandbytes" else real(name))
+    checked(tmp_path, tiny_models["qwen2"])
+    assert len(looks) == 2
+
+
+def test_trials_share_the_looks_and_the_commit_of_the_first(
+    tmp_path: Path, tiny_models: dict[str, Path], looks: list[str]
+) -> None:
+    """A trial may run where the hub's cache is older, or has something newer."""
+    first = checked(tmp_path, tiny_models["qwen2"], "adapter.r=4")
+    pinned = replace(first, base=replace(first.base, fingerprint="m@then", revision="then"))
+    config = replaced(first.config, adapter={"r": 8})
+    varied = vary(pinned, config)
+    assert (varied.base.fingerprint, varied.base.revision) == ("m@then", "then")
+    assert varied.base.trainable == 2 * first.base.trainable
+    vary(first, config)
+    before = len(looks)
+    checked(tmp_path, tiny_models["qwen2"], "adapter.r=8")
+    assert len(looks) == before, "the winner of a sweep was looked at as a trial"
 
 
 def test_a_trial_with_another_adapter_is_looked_at(

@@ -11,12 +11,17 @@ from raytune_ds import lookout
 from raytune_ds.lookout import AFTER_S, Lookout
 
 
-def test_workers_start_before_somebody_looks_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for a group of workers, and never for one that is no more."""
-    watched: list[Any] = []
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The groups of workers that Ray Train's watcher was begun for."""
+    groups: list[Any] = []
     monkeypatch.setattr(
-        PreemptionCallback, "after_worker_group_start", lambda self, group: watched.append(group)
+        PreemptionCallback, "after_worker_group_start", lambda self, group: groups.append(group)
     )
+    return groups
+
+
+def test_a_run_starts_before_somebody_looks_out(watched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(lookout.time, "monotonic", lambda: now)
     callback = Lookout()
@@ -27,8 +32,19 @@ def test_workers_start_before_somebody_looks_out(monkeypatch: pytest.MonkeyPatch
     callback.after_worker_group_poll_status(None)
     callback.after_worker_group_poll_status(None)
     assert watched == ["first"]
+
+
+def test_once_a_node_has_gone_the_next_may_be_about_to(
+    watched: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The group that is no more is not watched late."""
+    now = 0.0
+    monkeypatch.setattr(lookout.time, "monotonic", lambda: now)
+    callback = Lookout()
+    callback.after_worker_group_start("first")
+    callback.after_worker_group_abort(None)
     callback.after_worker_group_start("second")
-    callback.before_worker_group_shutdown(None)
+    assert watched == ["second"]
     now = 3 * AFTER_S
     callback.after_worker_group_poll_status(None)
-    assert watched == ["first"]
+    assert watched == ["second"]
