@@ -100,6 +100,7 @@ COMPARISONS = (
     Comparison("qwen2", "glaive", 12, None, FEW),
     Comparison("llama-129k", "alpaca", 24, TARGETS, FEW),
     Comparison("qwen2", "alpaca", 8, TARGETS, MEMORY, longest=True),
+    Comparison("qwen2", "alpaca", 8, None, MEMORY, longest=True),
     Comparison("llama-129k", "alpaca", 8, TARGETS, MEMORY, longest=True),
     Comparison("deepseek-v3", "alpaca", 24, MLA_TARGETS, FEW),
     Comparison("qwen2-wide", "alpaca", 16, TARGETS, (OURS, MATMULS)),
