@@ -351,7 +351,7 @@ def test_a_base_of_the_hub_is_the_commit_that_the_run_was_trained_on(
     tiny_models: dict[str, Path], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As its newest checkpoint says; for a base that is loaded by itself, too."""
-    from raytune_ds import checkpoint, generate
+    from raytune_ds import catalog, generate
     from raytune_ds.evaluation.subject import finished, subjects
     from raytune_ds.trained import began_with
 
@@ -361,7 +361,7 @@ def test_a_base_of_the_hub_is_the_commit_that_the_run_was_trained_on(
     config = json.loads((whole / "config.json").read_text())
     (whole / "config.json").write_text(json.dumps(config | {"adapter": {"kind": "none"}}))
     made = SimpleNamespace(identity={"model.weights": "org/model@abc123"})
-    monkeypatch.setattr(checkpoint, "newest_complete", lambda folder: made)
+    monkeypatch.setattr(catalog, "newest_complete", lambda folder: made)
     asked_for = []
 
     def load(config: Any, dtype: Any, device: Any, adapter: Any = None, revision: Any = None) -> Any:

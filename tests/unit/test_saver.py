@@ -548,7 +548,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
 def test_what_is_no_matter_of_the_disk_reaches_the_caller(
     run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    monkeypatch.setattr(checkpoint, "write_manifest", fail_with(error))
+    monkeypatch.setattr(catalog, "write_manifest", fail_with(error))
     run.save(1)
     for ask in (run.saver.wait, run.saver.wait, lambda: run.save(2)):
         with pytest.raises(type(error)) as caught:
@@ -559,7 +559,7 @@ def test_what_is_no_matter_of_the_disk_reaches_the_caller(
 
 def test_in_the_foreground_it_reaches_the_caller_at_once(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(root, background=False)
-    monkeypatch.setattr(checkpoint, "write_manifest", fail_with(RuntimeError("a rank is gone")))
+    monkeypatch.setattr(catalog, "write_manifest", fail_with(RuntimeError("a rank is gone")))
     with pytest.raises(RuntimeError, match="a rank is gone"):
         run.save(1)
 

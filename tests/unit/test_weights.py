@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytune_ds.config import ModelConfig
 from raytune_ds.errors import UserError
-from raytune_ds.model import weights
 from raytune_ds.model.folder import fingerprint
 from raytune_ds.model.load import skeleton
 from raytune_ds.model.weights import Weights, open_weights
@@ -623,7 +622,7 @@ def test_samples_are_taken_all_over_the_files(
     copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A model is far larger than its samples; here too, so that reading all of it does not pass for sampling.
-    monkeypatch.setattr(weights, "_SAMPLE_BYTES", 16)
+    monkeypatch.setattr("raytune_ds.model.folder._SAMPLE_BYTES", 16)
     folder = copied("llama")
     content = (folder / FILE).read_bytes()
     before, block = fingerprint(folder), len(content) // 16
