@@ -245,6 +245,13 @@ def test_a_run_that_is_too_short_says_so_before_it_begins(case: Case) -> None:
     assert names(run) == []
 
 
+def test_a_long_profile_is_of_its_first_steps(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "PROFILED_STEPS", 2)
+    run = case.run("long", profile=[2, 5], max_steps=5)
+    assert names(run) == [trace_name(2, 3, 0), "summary.md"]
+    assert "train.profile: the first 2 steps, [2, 3], are profiled" in case.said("note")
+
+
 def test_a_run_that_goes_on_in_the_middle_profiles_the_rest(case: Case) -> None:
     asked = iter([False] * 2 + [True])
     run = case.run("in-two", lambda: next(asked), profile=[3, 4], max_steps=6)
