@@ -57,8 +57,11 @@ def colours(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Colo
         "tracking.to=[]",
     )
     result = launch(compose([], settings))
-    # The last to come is the checkpoint of the last step.
-    return Colours(result, wait_for_metrics(lambda values: "checkpoint_bytes" in values))
+    # The last to come is the checkpoint of the last step; there may have been one before.
+    return Colours(
+        result,
+        wait_for_metrics(lambda values: values.get("step") == 12 and "checkpoint_bytes" in values),
+    )
 
 
 def wait_for_metrics(condition: Callable[[dict[str, float]], bool]) -> dict[str, float]:
