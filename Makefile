@@ -51,7 +51,7 @@ format: $(READY)  ## let ruff format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## speed beside other trainers, paired: NAME= picks comparisons; half an hour on two cores
+bench: $(READY)  ## speed beside other trainers, paired: NAME= picks comparisons; about an hour on two cores
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint requirements.lock --editable '.[bench]'
 	$(BIN)/python -m tests.bench $(NAME)
 
