@@ -124,7 +124,7 @@ def test_a_stopped_job_resumes_to_the_same_model(
 def test_a_driver_that_is_killed_keeps_no_places(token_head: Head, folder: Path, tmp_path: Path) -> None:
     """All CPUs were its workers': the next one would wait for ever."""
     command = [sys.executable, "-m", "raytune_ds.train", "--config", "my.yaml"]
-    command += [*SETTINGS, f"run.storage={tmp_path}", "run.name=killed", "train.max_steps=400"]
+    command += [*SETTINGS, f"run.storage={tmp_path}", "run.name=killed", "train.max_steps=1000000"]
     environment = token_head.environment | {"RAY_ADDRESS": token_head.address}
     with (tmp_path / "log").open("w") as log:
         first = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
