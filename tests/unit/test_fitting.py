@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -236,3 +238,27 @@ def test_places_outlive_an_actor_alone(
     )
     left = object.__new__(fitting._Trainer)._create_default_callbacks()
     assert left == ([callbacks[0], "another"] if cleans else ["another"])
+
+
+def test_a_controller_that_dies_alone_leaves_no_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that lives on, as one with another run to do, gives them back."""
+    removed: list[Any] = []
+    monkeypatch.setattr(fitting, "remove_placement_group", removed.append)
+    monkeypatch.setattr(fitting.ray, "get", lambda answer, timeout=None: answer)
+
+    def fit() -> None:
+        raise RuntimeError("the controller is gone")
+
+    run = object.__new__(fitting.Fitting)
+    run._ended, run._settings, run._run = Future(), {}, RunDir("/nowhere")
+    run.downtime, run._startup, run._watcher = Downtime(), Startup(0.0), contextlib.nullcontext()  # type: ignore[assignment]
+    run._trainer = SimpleNamespace(fit=fit)  # type: ignore[assignment]
+    run._mailbox = SimpleNamespace(
+        controller=SimpleNamespace(remote=lambda: (None, "places")),
+        take=SimpleNamespace(remote=list),
+        __ray_terminate__=SimpleNamespace(remote=lambda: None),
+    )
+    run._fit()
+    with pytest.raises(RuntimeError, match="the controller is gone"):
+        run.wait()
+    assert removed == ["places"]
