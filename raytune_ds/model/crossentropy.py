@@ -11,14 +11,27 @@ Axes: N = tokens, C = tokens of a chunk, E = hidden size, V = vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-# Float32 logits that are in memory at a time, in bytes. Of a vocabulary of 129,280 those of 1,000 tokens take 512 MiB:
-# with fewer a GPU spends its time on reading the head's weight. A CPU is as fast with fewer, and its caches are small.
-LOGITS_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+
+class Room(NamedTuple):
+    """What the logits of a chunk may take.
+
+    Attributes:
+        bytes: of them in float32.
+        tokens: that they are of.
+    """
+
+    bytes: int
+    tokens: int
+
+
+# Of a vocabulary of 129,280 the logits of 1,000 tokens take 512 MiB: with fewer a GPU spends its time on reading the
+# head's weight. A CPU is as fast with fewer; with a vocabulary of 16,384 it takes 512 tokens and 1,000 the same time,
+# and 256 a tenth more.
+ROOM = {"cpu": Room(64 << 20, 512), "cuda": Room(512 << 20, 1 << 20)}
 
 
 def linear_cross_entropy(
@@ -61,12 +74,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden_NE) if wants_hidden else None
         of_head = _HeadGradient(weight_VE, bias_V, wants_weight, wants_bias)
         head_VE = weight_VE.to(hidden_NE.dtype)
-        for part in chunks(targets_N, len(weight_VE)):
-            losses_N[part], slopes_CV = _losses(hidden_NE[part], head_VE, bias_V, targets_N[part])
+        for part, logits_CV in _logits(hidden_NE, head_VE, bias_V, targets_N):
+            losses_N[part], slopes_CV = _losses(logits_CV, targets_N[part])
             if not (wants_hidden or wants_weight or wants_bias):
                 continue
+            slopes_CV = slopes_CV.to(hidden_NE.dtype)
             if of_hidden is not None:
-                torch.mm(slopes_CV.to(head_VE.dtype), head_VE, out=of_hidden[part])
+                torch.mm(slopes_CV, head_VE, out=of_hidden[part])
             of_head.add(slopes_CV, hidden_NE[part], expected_N[part])
         ctx.wants = wants_hidden, wants_weight, wants_bias
         again = (hidden_NE, weight_VE, bias_V, targets_N) if wants_weight or wants_bias else (None,) * 4
@@ -78,18 +92,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_hidden, of_weight, of_bias, expected_N, hidden_NE, weight_VE, bias_V, targets_N = ctx.saved_tensors
         if of_hidden is not None:
             # Not with factors in 16 bits: they are often all the same, and one rounding would be that of all gradients.
-            of_hidden = torch.mul(of_hidden, above_N[:, None], out=torch.empty_like(of_hidden))
+            of_hidden.mul_(above_N[:, None])
         if of_weight is not None or of_bias is not None:
             factor = above_N.sum() / expected_N.sum().clamp(min=torch.finfo(torch.float32).tiny)
             if torch.allclose(above_N, factor * expected_N, rtol=1e-5, atol=0.0):
-                of_weight, of_bias = (None if x is None else x * factor for x in (of_weight, of_bias))
+                of_weight, of_bias = (None if x is None else x.mul_(factor) for x in (of_weight, of_bias))
             else:
                 _, wants_weight, wants_bias = ctx.wants
                 of_head = _HeadGradient(weight_VE, bias_V, wants_weight, wants_bias)
                 head_VE = weight_VE.to(hidden_NE.dtype)
-                for part in chunks(targets_N, len(weight_VE)):
-                    _, slopes_CV = _losses(hidden_NE[part], head_VE, bias_V, targets_N[part])
-                    of_head.add(slopes_CV, hidden_NE[part], above_N[part])
+                for part, logits_CV in _logits(hidden_NE, head_VE, bias_V, targets_N):
+                    _, slopes_CV = _losses(logits_CV, targets_N[part])
+                    of_head.add(slopes_CV.to(hidden_NE.dtype), hidden_NE[part], above_N[part])
                 of_weight, of_bias = of_head.weight, of_head.bias
             of_weight = None if of_weight is None else of_weight.to(weight_VE.dtype)
             of_bias = None if of_bias is None else of_bias.to(bias_V.dtype)
@@ -109,36 +123,51 @@ class _HeadGradient:
         )
 
     def add(self, slopes_CV: torch.Tensor, hidden_CE: torch.Tensor, factors_C: torch.Tensor) -> None:
-        """A chunk's. Overwrites the slopes."""
-        if self.weight is None and self.bias is None:
-            return
-        slopes_CV.mul_(factors_C[:, None])
+        """A chunk's."""
         if self.bias is not None:
-            self.bias += slopes_CV.sum(0)
-        if self.weight is not None and self.weight.dtype == hidden_CE.dtype == slopes_CV.dtype:
-            self.weight.addmm_(slopes_CV.T, hidden_CE)
-        elif self.weight is not None:
-            self.weight += slopes_CV.to(hidden_CE.dtype).T @ hidden_CE
+            self.bias += factors_C @ slopes_CV.float()
+        if self.weight is None:
+            return
+        # The factors go to the smaller of the two.
+        factored_CE = (hidden_CE * factors_C[:, None]).to(hidden_CE.dtype)
+        if self.weight.dtype == slopes_CV.dtype:
+            self.weight.addmm_(slopes_CV.T, factored_CE)
+        else:
+            self.weight += slopes_CV.T @ factored_CE
 
 
 def chunks(targets_N: torch.Tensor, vocabulary: int) -> Iterator[slice]:
-    """Cuts tokens into parts whose logits may be in memory together."""
-    room = LOGITS_BYTES.get(targets_N.device.type, LOGITS_BYTES["cuda"])
-    size = max(1, room // (4 * vocabulary))
-    return (slice(start, start + size) for start in range(0, len(targets_N), size))
+    """Cuts tokens into parts whose logits may be in memory together; the first is the longest."""
+    room = ROOM.get(targets_N.device.type, ROOM["cuda"])
+    size = max(1, min(room.tokens, room.bytes // (4 * vocabulary)))
+    return (slice(start, min(start + size, len(targets_N))) for start in range(0, len(targets_N), size))
 
 
-def _losses(
-    hidden_CE: torch.Tensor, head_VE: torch.Tensor, bias_V: torch.Tensor | None, targets_C: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The losses, [C], and each loss by its logits: the softmax, less one at the target, [C, V]. Both float32."""
-    bias = None if bias_V is None else bias_V.to(hidden_CE.dtype)
-    # All in the memory of the logits, which is most of what there is.
-    values_CV = F.linear(hidden_CE, head_VE, bias).float()
-    values_CV.sub_(values_CV.amax(1, keepdim=True))
+def _logits(
+    hidden_NE: torch.Tensor, head_VE: torch.Tensor, bias_V: torch.Tensor | None, targets_N: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Chunk by chunk: which tokens, and their logits in float32, [C, V]. They are for the taker to overwrite.
+
+    All are made in the same memory: a block of such a size that comes and goes leaves gaps.
+    """
+    bias = None if bias_V is None else bias_V.to(hidden_NE.dtype)
+    made_CV: torch.Tensor | None = None
+    for part in chunks(targets_N, len(head_VE)):
+        hidden_CE = hidden_NE[part]
+        if made_CV is None:
+            made_CV = hidden_CE.new_empty(len(hidden_CE), len(head_VE))
+        logits_CV = torch.mm(hidden_CE, head_VE.T, out=made_CV[: len(hidden_CE)])
+        if bias is not None:
+            logits_CV += bias
+        yield part, logits_CV.float()
+
+
+def _losses(logits_CV: torch.Tensor, targets_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses, [C], and each loss by its logits: the softmax, less one at the target, [C, V], in their memory."""
+    logits_CV.sub_(logits_CV.amax(1, keepdim=True))
     targets_C1 = targets_C[:, None]
-    of_targets_C1 = values_CV.gather(1, targets_C1)
-    sums_C1 = values_CV.exp_().sum(1, keepdim=True)
+    of_targets_C1 = logits_CV.gather(1, targets_C1)
+    sums_C1 = logits_CV.exp_().sum(1, keepdim=True)
     losses_C = (sums_C1.log() - of_targets_C1)[:, 0]
-    slopes_CV = values_CV.div_(sums_C1)
+    slopes_CV = logits_CV.div_(sums_C1)
     return losses_C, slopes_CV.scatter_add_(1, targets_C1, slopes_CV.new_full(targets_C1.shape, -1.0))

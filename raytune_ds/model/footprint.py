@@ -59,8 +59,8 @@ def foreseen(built: Built, tokens: int, autocast: bool = True, device: str = "cp
     live, exits = LiveBytes(), list[int]()
     cast = None if autocast else built.module.dtype
     with ExitStack() as stack:
-        room = crossentropy.LOGITS_BYTES.get(device, crossentropy.LOGITS_BYTES["cuda"])
-        stack.enter_context(mock.patch.dict(crossentropy.LOGITS_BYTES, cpu=room))
+        room = crossentropy.ROOM.get(device, crossentropy.ROOM["cuda"])
+        stack.enter_context(mock.patch.dict(crossentropy.ROOM, cpu=room))
         stack.enter_context(_only(built, run))
         stack.enter_context(_without_values(built.module, mode, cast))
         batch = _fake(one_document(tokens), mode)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from raytune_ds.model import crossentropy, tiny
+from raytune_ds.model import crossentropy
 from tests.matrix.cases import ACCUMULATION, STEPS, TRAIN, Case, Trace, lr, micro_batches
 
 
@@ -71,7 +71,7 @@ def _process(
     }
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    crossentropy.LOGITS_BYTES["cpu"] = 16 * 4 * tiny.VOCABULARY  # ranks need unequal numbers of chunks
+    crossentropy.ROOM["cpu"] = crossentropy.Room(1 << 30, tokens=16)  # ranks need unequal numbers of chunks
     dist.init_process_group("gloo", rank=rank, world_size=world)
     for index, case in enumerate(cases):
         trace = run_case(case, models[case.model], rank)

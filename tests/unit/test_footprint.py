@@ -28,7 +28,7 @@ TOKENS = 400
 @pytest.fixture(autouse=True)
 def chunks_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several of them, without the tokens of a real one."""
-    monkeypatch.setitem(crossentropy.LOGITS_BYTES, "cpu", 150 * 4 * tiny.VOCABULARY)
+    monkeypatch.setitem(crossentropy.ROOM, "cpu", crossentropy.Room(1 << 30, tokens=150))
 
 
 @pytest.fixture(scope="module")

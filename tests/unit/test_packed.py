@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -90,14 +89,13 @@ class HeadLog:
         return [len(logits) for logits in self.logits]
 
     def __enter__(self) -> HeadLog:
-        linear = F.linear
+        losses = crossentropy._losses
 
-        def note(*args: Any) -> torch.Tensor:
-            logits_NV = linear(*args)
-            self.logits.append(logits_NV.clone())
-            return logits_NV
+        def note(logits_CV: torch.Tensor, targets_C: torch.Tensor) -> Any:
+            self.logits.append(logits_CV.clone())
+            return losses(logits_CV, targets_C)
 
-        self._patch.setattr(crossentropy, "F", SimpleNamespace(linear=note))
+        self._patch.setattr(crossentropy, "_losses", note)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -210,7 +208,7 @@ def gradients(model: Any, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]
 
 def four_at_a_time(monkeypatch: pytest.MonkeyPatch, vocabulary: int) -> None:
     """No more than four tokens' logits are in memory together."""
-    monkeypatch.setitem(crossentropy.LOGITS_BYTES, "cpu", 4 * 4 * vocabulary)
+    monkeypatch.setitem(crossentropy.ROOM, "cpu", crossentropy.Room(4 * 4 * vocabulary, 512))
 
 
 def test_chunks_of_logits_change_neither_loss_nor_gradient(
