@@ -15,11 +15,12 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
 
-from raytune_ds import cluster
+from raytune_ds import allocator, cluster
 from raytune_ds.cluster import Scale
 from raytune_ds.compatible import EIGHT_BIT
 from raytune_ds.config import Config, ScalingConfig
@@ -27,6 +28,8 @@ from raytune_ds.startup import HOOK
 
 # A process waits so long to become a worker, and a node so long to be asked for one.
 KEPT_S, ASK_S = 120, 5.0
+# Ray's own daemons run with it.
+JEMALLOC = Path(ray.__file__).parent / "core" / "libjemalloc.so"
 # Losses of object detection want scipy, and configs of SageMaker boto3: a fifth of what a worker imports.
 UNWANTED = ("scipy", "boto3")
 # A group that may shrink is tried in its old size until Ray knows that a node is gone: by default a minute at a time.
@@ -66,17 +69,27 @@ _ours = Counter[str]()
 NEVER_S, SPARE_S = 1e9, 300.0
 
 
-def runtime_env(config: Config) -> dict[str, Any]:
-    """Of the workers of a run.
+def runtime_env(config: Config, use_gpu: bool) -> dict[str, Any]:
+    """Of the workers of a run: they import early, and compute on a CPU with jemalloc. What the job has chosen stays."""
+    variables = {**_hook(config), **({} if use_gpu else _allocator())}
+    return {"env_vars": variables} if variables else {}
 
-    A hook of the user's own, which a job may have, stays. Without the package in the environment there is none: such
-    workers find it only once Ray has told them the driver's path, which is after the hook.
+
+def _hook(config: Config) -> dict[str, str]:
+    """Without the package in the environment there is none: such workers find it only once Ray has told them the
+    driver's path, which is after the hook.
     """
     job = _of_job()
     if HOOK in job.get("env_vars", {}) or not (_is_installed() or {"working_dir", "py_modules"} & job.keys()):
         return {}
     hook = imports_few if _in_few_bits(config) else imports
-    return {"env_vars": {HOOK: f"{__name__}.{hook.__name__}"}}
+    return {HOOK: f"{__name__}.{hook.__name__}"}
+
+
+def _allocator() -> dict[str, str]:
+    """Where a node has no such file, the loader says so and goes on."""
+    is_chosen = any(name in os.environ | _of_job().get("env_vars", {}) for name in allocator.VARIABLES)
+    return {} if is_chosen else allocator.jemalloc(JEMALLOC)
 
 
 def imports() -> None:
@@ -153,7 +166,7 @@ def start(config: Config, scale: Scale) -> None:
     wanted = settings(config.scaling, scale)
     propagated = {name: value for name, value in (os.environ | wanted).items() if name in PROPAGATED}
     propagated.setdefault(_BLOCKING_GET, "0")  # as Ray Train has it for its controller
-    hook = runtime_env(config).get("env_vars", {})
+    own_env = runtime_env(config, scale.use_gpu).get("env_vars", {})
     own = ray.get_runtime_context().get_node_id()
     alive = [node for node in ray.nodes() if node["Alive"]]
     missing = scale.num_workers
@@ -161,7 +174,7 @@ def start(config: Config, scale: Scale) -> None:
         number = min(cluster.room(node["Resources"], scale.use_gpu, scale.cpus_per_worker), missing)
         missing -= number
         if number:
-            _ask(node, propagated | hook, number)
+            _ask(node, propagated | own_env, number)
 
 
 def _ask(node: dict[str, Any], env_vars: dict[str, str], number: int) -> None:

@@ -189,7 +189,7 @@ def _trainer(
                 controller_failure_limit=MAX_STARTS,
             ),
             callbacks=callbacks,
-            worker_runtime_env=early.runtime_env(assignment.config),
+            worker_runtime_env=early.runtime_env(assignment.config, scale.use_gpu),
         ),
     )
 

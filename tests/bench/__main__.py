@@ -55,7 +55,8 @@ def compare(wanted: Comparison, folder: Path, data: Path | None, times: int) -> 
             continue
         case = Case(**{**asdict(common), "options": peer.options}).write(folder / f"{number}.json")
         module = f"tests.bench.peers.{peer.module}"
-        sides[peer.name] = Side(module, case, folder / f"{number}.log", THREADS, peer.python)
+        log = folder / f"{number}.log"
+        sides[peer.name] = Side(module, case, log, THREADS, peer.python, peer.environment)
     done, broken = alternate(sides, times)
     return {
         "name": wanted.name,

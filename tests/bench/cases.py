@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from raytune_ds import allocator, early
 from tests.bench.peers.case import MLA_TARGETS, TARGETS
 
 
@@ -20,12 +21,14 @@ class Peer:
         module: of tests.bench.peers.
         options: that its module is told.
         needs: the package that it is made of, where that is not ours to have.
+        environment: variables that its process begins with.
     """
 
     name: str
     module: str
     options: dict[str, Any]
     needs: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def python(self) -> str | None:
@@ -40,7 +43,7 @@ def _trl(name: str, batch: int, **arguments: Any) -> Peer:
     return Peer(name, "trlsft", {"batch": batch, "arguments": arguments}, needs="trl")
 
 
-OURS = Peer("raytune_ds", "ours", {})
+OURS = Peer("raytune_ds", "ours", {}, environment=allocator.jemalloc(early.JEMALLOC))  # as a worker begins
 MATMULS = Peer("its matrix products alone", "matmuls", {})
 RECIPE = (
     Peer("transformers.Trainer, batch 4", "recipe", {"batch": 4}),

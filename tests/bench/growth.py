@@ -34,7 +34,8 @@ def main(times: int) -> None:
                 seq_len=corpus.SEQ_LEN["alpaca"],
             )
             module = f"tests.bench.peers.{OURS.module}"
-            sides[name] = Side(module, case.write(folder / f"{name}.json"), folder / f"{name}.log", THREADS)
+            told, log = case.write(folder / f"{name}.json"), folder / f"{name}.log"
+            sides[name] = Side(module, told, log, THREADS, environment=OURS.environment)
             tokens[name] = documents.tokens
         done, broken = alternate(sides, times)
     rates = {name: tokens[name] / passes.median for name, passes in done.items()}

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 QUIET = {
@@ -53,7 +54,13 @@ class Side:
     """A process that makes passes."""
 
     def __init__(
-        self, module: str, case: Path, log: Path, threads: int, python: str = sys.executable
+        self,
+        module: str,
+        case: Path,
+        log: Path,
+        threads: int,
+        python: str = sys.executable,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Starts it.
 
@@ -63,6 +70,7 @@ class Side:
             log: takes what it prints.
             threads: that it computes with.
             python: the interpreter, where the side lives in another environment.
+            environment: variables that it begins with.
         """
         self._log = log
         with log.open("w") as file:
@@ -72,7 +80,7 @@ class Side:
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
-                env={**os.environ, **QUIET, "OMP_NUM_THREADS": str(threads)},
+                env={**os.environ, **QUIET, "OMP_NUM_THREADS": str(threads), **environment},
             )
 
     def one(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from raytune_ds import allocator, early
 from raytune_ds.console import say, table
 from tests.bench import start
 
@@ -87,7 +88,8 @@ def _with_ray(root: Path, address: str, name: str) -> Pace:
 
 
 def _without_ray(root: Path, name: str) -> Pace:
-    return _run([sys.executable, "-m", __spec__.name, "alone", *_settings(root, name)], root, name)
+    command = [sys.executable, "-m", __spec__.name, "alone", *_settings(root, name)]
+    return _run(command, root, name, **allocator.jemalloc(early.JEMALLOC))  # as a worker begins
 
 
 def _run(command: list[str], root: Path, name: str, **environment: str) -> Pace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import psutil
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
@@ -38,11 +39,13 @@ def test_a_worker_is_a_process_that_waited(run: Run) -> None:
     while not (there := set(waiting()) - before) and time.monotonic() < end:
         time.sleep(0.1)  # between two looks, not in place of one
     assert len(there) == 1
+    (pid,) = there
+    if early.JEMALLOC.is_file():
+        assert str(early.JEMALLOC) in Path(f"/proc/{pid}/maps").read_text()
     result = run("run.name=early", *settings)
     phases = list(result.startup_s.values())
     assert phases == sorted(phases)
     assert "first step done" in result.startup_s
-    (pid,) = there
     end = time.monotonic() + early.KEPT_S / 4
     while psutil.pid_exists(pid) and time.monotonic() < end:
         time.sleep(0.1)  # as above

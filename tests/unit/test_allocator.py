@@ -1,12 +1,16 @@
-"""What freed memory costs: in a process of its own, for malloc's settings are of a whole process."""
+"""What freed memory costs: in a process of its own, for an allocator is that of a whole process."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from raytune_ds.allocator import jemalloc
+from raytune_ds.early import JEMALLOC
 
 # Freed and asked for again ten times: pages that come anew from the system are faults.
 PROGRAM = """
@@ -27,10 +31,20 @@ faults()
 print(anew, faults())
 """
 
+GLIBC = pytest.param({}, marks=pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc"))
+# One that would give everything back at once.
+WITH_JEMALLOC = pytest.param(
+    {**jemalloc(JEMALLOC), "MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:0"},
+    marks=pytest.mark.skipif(not JEMALLOC.is_file(), reason="Ray brings no jemalloc here"),
+)
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
-def test_freed_memory_is_taken_again_without_a_fault() -> None:
-    told = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+
+@pytest.mark.parametrize("variables", [GLIBC, WITH_JEMALLOC])
+def test_freed_memory_is_taken_again_without_a_fault(variables: dict[str, str]) -> None:
+    environment = {**os.environ, **variables}
+    told = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, env=environment
+    )
     anew, kept = map(int, told.stdout.split())
-    assert anew > 10_000
+    assert anew > 100_000
     assert kept < anew / 100

@@ -10,7 +10,7 @@ import pytest
 from ray._common.utils import load_class
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
-from raytune_ds import early
+from raytune_ds import allocator, early
 from raytune_ds.cluster import Scale
 from raytune_ds.config import Config
 from raytune_ds.startup import HOOK, Startup
@@ -64,9 +64,9 @@ def test_without_the_package_in_the_environment_there_is_no_hook(monkeypatch: py
     """It would be looked for before Ray has said where the driver found it."""
     monkeypatch.setattr(early, "_is_installed", lambda: False)
     monkeypatch.setattr(early, "_of_job", dict)
-    assert early.runtime_env(Config()) == {}
+    assert early.runtime_env(Config(), use_gpu=True) == {}
     monkeypatch.setattr(early, "_of_job", lambda: {"working_dir": "gcs://it.zip"})
-    assert early.runtime_env(Config()) == {"env_vars": {HOOK: ALL}}
+    assert early.runtime_env(Config(), use_gpu=True) == {"env_vars": {HOOK: ALL}}
 
 
 @pytest.mark.parametrize(
@@ -82,13 +82,29 @@ def test_what_quantizes_is_imported_where_it_is_needed(
 ) -> None:
     assert callable(load_class(hook))
     monkeypatch.setattr(early, "_of_job", dict)
-    assert early.runtime_env(Config(**settings)) == {"env_vars": {HOOK: hook}}
+    assert early.runtime_env(Config(**settings), use_gpu=True) == {"env_vars": {HOOK: hook}}
 
 
 def test_the_hook_of_a_job_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     job = {"env_vars": {HOOK: "theirs.hook"}}
     assert {hook for _, hook, _ in asked(monkeypatch, job, Config())} == {""}  # as the job has it
-    assert early.runtime_env(Config()) == {}
+    assert early.runtime_env(Config(), use_gpu=True) == {}
+
+
+@pytest.mark.skipif(not early.JEMALLOC.is_file(), reason="Ray brings no jemalloc here")
+def test_workers_on_cpus_begin_with_jemalloc_unless_another_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in allocator.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(early, "_of_job", dict)
+    assert early.runtime_env(Config(), use_gpu=False)["env_vars"]["LD_PRELOAD"] == str(early.JEMALLOC)
+    assert "LD_PRELOAD" not in early.runtime_env(Config(), use_gpu=True)["env_vars"]
+    monkeypatch.setattr(early, "_of_job", lambda: {"env_vars": {"LD_PRELOAD": "libtcmalloc.so"}})
+    assert early.runtime_env(Config(), use_gpu=False) == {"env_vars": {HOOK: ALL}}
+    monkeypatch.setattr(early, "_of_job", dict)
+    monkeypatch.setenv("MALLOC_CONF", "thp:always")
+    assert early.runtime_env(Config(), use_gpu=False) == {"env_vars": {HOOK: ALL}}
 
 
 def test_an_import_that_fails_is_not_told_by_the_hook() -> None:

@@ -8,6 +8,7 @@ if __name__ == "__main__":
     protocol.own_stdout()
 
     import numpy as np
+    import peft  # noqa: F401  # as in all sides: what libraries take is not counted
     import torch
 
     from raytune_ds import allocator, engines
