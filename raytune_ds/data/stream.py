@@ -18,6 +18,8 @@ STEPS_PER_TASK = 32
 # Fewer, longer tasks for long runs: Ray Data plans every one of them at the start.
 MOST_TASKS = 2000
 PREFETCHED_STEPS = 4
+# Ray Data's first batch comes a second or two after it was asked for; short steps would wait for it.
+OWN_STEPS = 3
 
 
 def quiet() -> None:
@@ -33,8 +35,8 @@ def stream(
     """The micro-batches of each step, fetched ahead by Ray Data tasks.
 
     The tasks ask for no CPU: they mostly wait for storage, and a cluster whose CPUs all belong to the training workers
-    would otherwise never run them. One at a time, or Ray would start any number of processes for them. It takes seconds
-    until the first of them runs, so the first step is read right here.
+    would otherwise never run them. One at a time, or Ray would start any number of processes for them. Before the first
+    of them is done, steps are read right here.
 
     Args:
         store: prepared.
@@ -43,15 +45,15 @@ def stream(
         steps: to fetch, in order.
         runtime_env: of the tasks, where it is not that of their caller.
     """
-    if len(steps) < 2:
+    if len(steps) <= OWN_STEPS:
         yield from read(store, split, share, steps)
         return
-    ahead = _ahead(store, split, share, steps[1:], runtime_env)
+    ahead = _ahead(store, split, share, steps[OWN_STEPS:], runtime_env)
     pool = ThreadPoolExecutor(1)
-    second = pool.submit(next, ahead)
-    pool.shutdown(wait=False)  # whoever wants no more after the first step does not wait for the second
-    yield from read(store, split, share, steps[:1])
-    yield second.result()
+    first = pool.submit(next, ahead)
+    pool.shutdown(wait=False)  # whoever wants no more before that does not wait for it
+    yield from read(store, split, share, steps[:OWN_STEPS])
+    yield first.result()
     yield from ahead
 
 

@@ -1,4 +1,4 @@
-"""The first step is read at once, and what reads ahead begins with the second. Ray Data itself is not started here."""
+"""The first steps are read at once, and what reads ahead begins behind them. Ray Data itself is not started here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raytune_ds.data import stream as module
-from raytune_ds.data.stream import stream
+from raytune_ds.data.stream import OWN_STEPS, stream
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def read_here(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps_read
 
 
-@pytest.mark.parametrize("steps", [range(0), range(3, 4), range(3, 5), range(7)])
+@pytest.mark.parametrize("steps", [range(0), range(3, 4), range(3, 6), range(3, 7), range(9)])
 def test_every_step_comes_once_and_in_order(
     read_here: list[int], monkeypatch: pytest.MonkeyPatch, steps: range
 ) -> None:
@@ -39,8 +39,8 @@ def test_every_step_comes_once_and_in_order(
     monkeypatch.setattr(module, "_ahead", ahead)
     batches: Any = stream(None, "train", None, steps)  # type: ignore[arg-type]
     assert list(batches) == list(steps)
-    assert read_here == list(steps[:1])
-    assert asked == ([steps[1:]] if len(steps) > 1 else [])
+    assert read_here == list(steps[:OWN_STEPS])
+    assert asked == ([steps[OWN_STEPS:]] if len(steps) > OWN_STEPS else [])
 
 
 def test_who_wants_no_more_after_the_first_step_does_not_wait(
