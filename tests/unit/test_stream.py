@@ -71,7 +71,8 @@ def test_what_goes_wrong_ahead_is_heard_of(read_here: list[int], monkeypatch: py
         yield
 
     monkeypatch.setattr(module, "_ahead", ahead)
-    batches = stream(None, "train", None, range(2))  # type: ignore[arg-type]
-    next(batches)
+    batches = stream(None, "train", None, range(OWN_STEPS + 1))  # type: ignore[arg-type]
+    for _ in range(OWN_STEPS):
+        next(batches)
     with pytest.raises(OSError, match="storage is gone"):
         next(batches)
