@@ -29,7 +29,7 @@ from raytune_ds.model.footprint import foreseen, gathered
 from raytune_ds.world import World
 
 # A forward pass is busy enough with so many tokens. More gain nothing on a CPU, whose caches are small: with LoRA on a
-# Qwen2 shape of 25M parameters 1,024 to 8,192 tokens at once were within 3 % of each other, and held 0.5 to 2.8 GiB,
+# Qwen2 shape of 28M parameters 1,024 to 8,192 tokens at once were within 3 % of each other, and held 0.5 to 2.8 GiB,
 # and with layers as wide as R1-Distill-Qwen-1.5B's 1,024 were as fast as 2,048; on a tiny model 2,048 took a fifth less
 # time than 8,192. On a GPU more may still hide the time that launching work takes.
 BUSY_TOKENS = {"cpu": 1024, "cuda": 8192}

@@ -74,11 +74,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden_NE) if wants_hidden else None
         of_head = _HeadGradient(weight_VE, bias_V, wants_weight, wants_bias)
         head_VE = weight_VE.to(hidden_NE.dtype)
-        for part, logits_CV in _logits(hidden_NE, head_VE, bias_V, targets_N):
+        for part, logits_CV, room_CV in _logits(hidden_NE, head_VE, bias_V, targets_N):
             losses_N[part], slopes_CV = _losses(logits_CV, targets_N[part])
             if not (wants_hidden or wants_weight or wants_bias):
                 continue
-            slopes_CV = slopes_CV.to(hidden_NE.dtype)
+            slopes_CV = room_CV.copy_(slopes_CV)
             if of_hidden is not None:
                 torch.mm(slopes_CV, head_VE, out=of_hidden[part])
             of_head.add(slopes_CV, hidden_NE[part], expected_N[part])
@@ -101,9 +101,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _, wants_weight, wants_bias = ctx.wants
                 of_head = _HeadGradient(weight_VE, bias_V, wants_weight, wants_bias)
                 head_VE = weight_VE.to(hidden_NE.dtype)
-                for part, logits_CV in _logits(hidden_NE, head_VE, bias_V, targets_N):
+                for part, logits_CV, room_CV in _logits(hidden_NE, head_VE, bias_V, targets_N):
                     _, slopes_CV = _losses(logits_CV, targets_N[part])
-                    of_head.add(slopes_CV.to(hidden_NE.dtype), hidden_NE[part], above_N[part])
+                    of_head.add(room_CV.copy_(slopes_CV), hidden_NE[part], above_N[part])
                 of_weight, of_bias = of_head.weight, of_head.bias
             of_weight = None if of_weight is None else of_weight.to(weight_VE.dtype)
             of_bias = None if of_bias is None else of_bias.to(bias_V.dtype)
@@ -145,21 +145,25 @@ def chunks(targets_N: torch.Tensor, vocabulary: int) -> Iterator[slice]:
 
 def _logits(
     hidden_NE: torch.Tensor, head_VE: torch.Tensor, bias_V: torch.Tensor | None, targets_N: torch.Tensor
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Chunk by chunk: which tokens, and their logits in float32, [C, V]. They are for the taker to overwrite.
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Chunk by chunk: which tokens; their logits, float32 [C, V]; and room for as many in the dtype of products, which
+    is the logits' own where that is float32, too. All is for the taker to overwrite.
 
-    All are made in the same memory: a block of such a size that comes and goes leaves gaps.
+    The memory is that of the chunk before: blocks of such a size that come and go leave gaps.
     """
     bias = None if bias_V is None else bias_V.to(hidden_NE.dtype)
-    made_CV: torch.Tensor | None = None
-    for part in chunks(targets_N, len(head_VE)):
-        hidden_CE = hidden_NE[part]
-        if made_CV is None:
-            made_CV = hidden_CE.new_empty(len(hidden_CE), len(head_VE))
-        logits_CV = torch.mm(hidden_CE, head_VE.T, out=made_CV[: len(hidden_CE)])
+    parts = list(chunks(targets_N, len(head_VE)))
+    longest = parts[0].stop if parts else 0
+    made_CV = hidden_NE.new_empty(longest, len(head_VE))
+    floats_CV = made_CV if made_CV.dtype == torch.float32 else torch.empty_like(made_CV, dtype=torch.float32)
+    for part in parts:
+        length = part.stop - part.start
+        room_CV = logits_CV = torch.mm(hidden_NE[part], head_VE.T, out=made_CV[:length])
         if bias is not None:
-            logits_CV += bias
-        yield part, logits_CV.float()
+            room_CV += bias
+        if floats_CV is not made_CV:
+            logits_CV = floats_CV[:length].copy_(room_CV)
+        yield part, logits_CV, room_CV
 
 
 def _losses(logits_CV: torch.Tensor, targets_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -91,7 +91,7 @@ def test_the_hook_of_a_job_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert early.runtime_env(Config(), use_gpu=True) == {}
 
 
-@pytest.mark.skipif(not early.JEMALLOC.is_file(), reason="Ray brings no jemalloc here")
+@pytest.mark.skipif(sys.platform != "linux", reason="Ray brings it for Linux")
 def test_workers_on_cpus_begin_with_jemalloc_unless_another_is_chosen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

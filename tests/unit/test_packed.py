@@ -78,10 +78,11 @@ def some_weights() -> np.ndarray:
 
 
 class HeadLog:
-    """What the losses are made of: the logits, and how many rows at once."""
+    """What the losses are made of: the logits, where they lay, and how many rows at once."""
 
     def __init__(self) -> None:
         self.logits: list[torch.Tensor] = []
+        self.places: set[int] = set()
         self._patch = pytest.MonkeyPatch()
 
     @property
@@ -93,6 +94,7 @@ class HeadLog:
 
         def note(logits_CV: torch.Tensor, targets_C: torch.Tensor) -> Any:
             self.logits.append(logits_CV.clone())
+            self.places.add(logits_CV.data_ptr())
             return losses(logits_CV, targets_C)
 
         self._patch.setattr(crossentropy, "_losses", note)
@@ -270,6 +272,28 @@ def test_the_loss_of_a_linear_layer_equals_torchs(
     torch.testing.assert_close(found, gradients_of(plain))
     again = "weight" in trained and above == "anything"
     assert sum(head.rows) == count * (2 if again else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("room", [crossentropy.Room(4 * 4 * 11, 512), crossentropy.Room(1 << 30, 4)])
+def test_chunks_of_logits_take_turns_in_one_place(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, room: crossentropy.Room
+) -> None:
+    monkeypatch.setitem(crossentropy.ROOM, "cpu", room)
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 6).to(dtype).requires_grad_() for n in (9, 11))
+    targets = torch.randint(0, 11, (9,))
+    with HeadLog() as head:
+        losses = crossentropy.linear_cross_entropy(hidden, weight, None, targets, torch.ones(9))
+    assert head.rows == [4, 4, 1]
+    assert len(head.places) == 1
+    plain = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+    torch.testing.assert_close(losses, plain)
+    found = torch.autograd.grad(losses.sum(), (hidden, weight), retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(plain.sum(), (hidden, weight)))
+    # Gradients are scaled where they lie, so a second time they would be others: that is an error, and not silent.
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        losses.sum().backward()
 
 
 @pytest.mark.parametrize("batch", [collate([]), pack(documents(), np.zeros(sum(LENGTHS)))])
