@@ -62,6 +62,8 @@ def test_a_sweep_with_a_trial_that_fails(
         "run.name=some",
         "sweep.searcher.kind=grid",
         "sweep.scheduler.reduction_factor=2",
+        # Side by side, the worse one may come to its rung first, and is not stopped then.
+        "sweep.max_concurrent=1",
     )
     done = swept(tmp_path, *settings)
     status = [trial.status for trial in done.trials]
