@@ -20,7 +20,7 @@ from typing import Any
 
 import ray
 
-from raytune_ds import allocator, cluster
+from raytune_ds import allocator, cluster, startup
 from raytune_ds.cluster import Scale
 from raytune_ds.compatible import EIGHT_BIT
 from raytune_ds.config import Config, ScalingConfig
@@ -95,7 +95,7 @@ def _allocator() -> dict[str, str]:
 def imports() -> None:
     """At the start of a worker's process: what it needs. What goes wrong here goes wrong again where it is reported."""
     _leave_out_bitsandbytes()
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception), startup.uncollected():
         with _without(UNWANTED):
             import peft  # noqa: F401
 
@@ -104,7 +104,7 @@ def imports() -> None:
 
 def imports_few() -> None:
     """The same for a run that needs bitsandbytes: that looks at GPUs, and which of them are its own Ray says later."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception), startup.uncollected():
         import transformers  # noqa: F401
 
 

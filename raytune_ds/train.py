@@ -27,18 +27,19 @@ def _train(arguments: argparse.Namespace) -> int:
         sys.stdout.write(dump(config))
         return 0
     # Ray is imported only once the config is known to be right.
-    from raytune_ds.startup import Startup, process_began
+    from raytune_ds.startup import Startup, process_began, uncollected
 
     startup = Startup(process_began())
     startup.mark("config read")
-    from raytune_ds import early
-    from raytune_ds.stopping import stoppable
+    with uncollected():
+        from raytune_ds import early
+        from raytune_ds.stopping import stoppable
 
-    where = early.begin(config, arguments.debug)
-    if where is not None:
-        startup.mark("connected")
-    with stoppable():  # it takes a while to import
-        from raytune_ds.launch import launch
+        where = early.begin(config, arguments.debug)
+        if where is not None:
+            startup.mark("connected")
+        with stoppable():  # it takes a while to import
+            from raytune_ds.launch import launch
 
     launch(config, arguments.debug, startup, where)
     return 0

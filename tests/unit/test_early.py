@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from raytune_ds import allocator, early
 from raytune_ds.cluster import Scale
 from raytune_ds.config import Config
-from raytune_ds.startup import HOOK, Startup
+from raytune_ds.startup import HOOK, Startup, uncollected
 
 
 def node(name: str, cpus: int, alive: bool = True) -> dict[str, Any]:
@@ -131,9 +133,28 @@ def test_all_that_a_worker_needs_is_imported() -> None:
     """Whatever is hidden meanwhile: an import that fails there is told nowhere."""
     code = (
         "from raytune_ds import early; early.imports()\n"
-        "import sys; assert {'peft', 'raytune_ds.rayworker'} <= set(sys.modules)"
+        "import sys; assert {'peft', 'raytune_ds.rayworker'} <= set(sys.modules)\n"
+        "import gc; assert gc.isenabled() and gc.get_freeze_count() > 500_000"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture
+def collector() -> Iterator[None]:
+    """Is afterwards as it was."""
+    is_on = gc.isenabled()
+    yield
+    gc.unfreeze()
+    gc.enable() if is_on else gc.disable()
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_imports_are_not_searched_for_garbage(collector: None, is_on: bool) -> None:
+    gc.enable() if is_on else gc.disable()
+    with uncollected():
+        assert not gc.isenabled()
+    assert gc.isenabled() is is_on
+    assert gc.get_freeze_count() > 1_000
 
 
 def test_what_is_hidden_for_a_while_is_there_afterwards() -> None:
