@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from raytune_ds import storage
-from raytune_ds.data.chunks import bucket_documents
+from raytune_ds.data.chunks import bucket_documents, final_order, give_back
 from raytune_ds.data.job import Job
 from raytune_ds.data.labels import units
 from raytune_ds.data.mixture import times_drawn
@@ -23,14 +23,16 @@ from raytune_ds.data.store import (
     SPLITS,
     Part,
     Split,
+    in_one,
     pack_documents,
     read_table,
-    write_table,
     write_tables,
 )
 
 Quotas = Mapping[int, int]
 """By source, the rows that a bucket gives of it; sources that are not there give all of theirs, once."""
+# Packs that are in memory beside the documents that they are made of.
+_AT_ONCE = 8 * ROW_GROUP
 
 
 def count_bucket(batch: dict[str, np.ndarray], job: Job, thresholds: tuple[int, ...]) -> dict[str, list[Any]]:
@@ -60,42 +62,38 @@ def pack_bucket(
     if result is None:
         result = _pack_bucket(bucket, job, thresholds, quotas.get(bucket, {}))
         storage.write_json(note, result)
+    give_back()
     return {"packed": [result]}
 
 
 def _pack_bucket(bucket: int, job: Job, thresholds: tuple[int, ...], quotas: Quotas) -> dict[str, Any]:
-    result: dict[str, Any] = {"bucket": bucket}
     documents = bucket_documents(job, bucket)
-    sources = _sources_of(documents, job)
-    held_out = documents.column("eval_key").to_numpy() <= np.array(thresholds, np.uint64)[sources]
-    result["num_docs"] = documents.num_rows
-    trained = documents.filter(pa.array(~held_out))
-    chosen = {"train": _mixed(trained, job, quotas), "eval": documents.filter(pa.array(held_out))}
-    for split in SPLITS:
-        packs = _pack(chosen[split], job)
-        whole = packs.num_rows // ROW_GROUP * ROW_GROUP
-        if whole:
-            write_table(packs.slice(0, whole), f"{job.target}/{split}-{bucket:06d}.parquet")
-        write_table(packs.slice(whole), f"{job.scratch}/rest-{split}-{bucket:06d}.parquet")
-        parts = _parts(packs, job)
-        result[split] = {"whole": whole, "rest": packs.num_rows - whole, "parts": parts}
+    held_out = (
+        documents.column("eval_key").to_numpy()
+        <= np.array(thresholds, np.uint64)[_sources_of(documents, job)]
+    )
+    order = final_order(documents)
+    trained = _mixed(documents, order[~held_out[order]], job, quotas)
+    result: dict[str, Any] = {"bucket": bucket, "num_docs": documents.num_rows}
+    for split, rows in zip(SPLITS, (trained, order[held_out[order]]), strict=True):
+        result[split] = _write_packs(documents, rows, job, f"{split}-{bucket:06d}.parquet")
     result["peak_memory_mib"] = memory_mib()
     return result
 
 
-def _mixed(documents: pa.Table, job: Job, quotas: Quotas) -> pa.Table:
-    """The documents as often as the mixture has them, round by round; a row's sequences stay together."""
+def _mixed(documents: pa.Table, rows: np.ndarray, job: Job, quotas: Quotas) -> np.ndarray:
+    """Rows of documents as often as the mixture has them, round by round; a row's sequences stay together."""
     if not quotas:
-        return documents
-    sources, docs = _sources_of(documents, job), documents.column("doc").to_numpy()
-    draws = documents.column("eval_key").to_numpy()
+        return rows
+    sources, docs = _sources_of(documents, job)[rows], documents.column("doc").to_numpy()[rows]
+    draws = documents.column("eval_key").to_numpy()[rows]
     times = np.ones(len(docs), np.int64)
     for source, quota in quotas.items():
         mine = np.flatnonzero(sources == source)
         _, first, of_row = np.unique(docs[mine], return_index=True, return_inverse=True)
         times[mine] = times_drawn(draws[mine][first], quota)[of_row]
-    rounds = [np.flatnonzero(times > number) for number in range(int(times.max(initial=0)))]
-    return documents.take(pa.array(np.concatenate(rounds)) if rounds else pa.array([], pa.int64()))
+    rounds = [rows[times > number] for number in range(int(times.max(initial=0)))]
+    return np.concatenate([rows[:0], *rounds])
 
 
 def _sources_of(documents: pa.Table, job: Job) -> np.ndarray:
@@ -106,32 +104,45 @@ def _pieces(documents: pa.Table) -> np.ndarray:
     return np.asarray(documents.column("piece").to_numpy())
 
 
-def _pack(documents: pa.Table, job: Job) -> pa.Table:
-    """Documents to packs in random order: first-fit-decreasing leaves the long ones in front."""
-    if documents.num_rows == 0:
-        return PACK_SCHEMA.empty_table()
-    packs = _pack_units(documents, job.seq_len)
+def _write_packs(documents: pa.Table, rows: np.ndarray, job: Job, name: str) -> dict[str, Any]:
+    """Writes rows of documents as packs, whole row groups to the store and the rest aside, a few packs at a time."""
+    packs = _pack(documents, rows, job) if len(rows) else []
+    whole = len(packs) // ROW_GROUP * ROW_GROUP
+    if whole:
+        write_tables(_tables(documents, packs[:whole]), f"{job.target}/{name}", PACK_SCHEMA)
+    write_tables(_tables(documents, packs[whole:]), f"{job.scratch}/rest-{name}", PACK_SCHEMA)
+    return {"whole": whole, "rest": len(packs) - whole, "parts": _parts(documents, rows, job)}
+
+
+def _tables(documents: pa.Table, packs: Sequence[Sequence[int]]) -> Iterator[pa.Table]:
+    return (pack_documents(packs[at : at + _AT_ONCE], documents) for at in range(0, len(packs), _AT_ONCE))
+
+
+def _pack(documents: pa.Table, rows: np.ndarray, job: Job) -> list[list[int]]:
+    """Rows of documents to packs in random order: first-fit-decreasing leaves the long ones in front."""
+    packs = _pack_units(documents, rows, job.seq_len)
     shuffled = np.random.default_rng(job.seed).permutation(len(packs))
-    return pack_documents([packs[i] for i in shuffled], documents)
+    return [packs[i] for i in shuffled]
 
 
-def _pack_units(documents: pa.Table, capacity: int) -> list[list[int]]:
+def _pack_units(documents: pa.Table, rows: np.ndarray, capacity: int) -> list[list[int]]:
     """The rows of each pack; both answers of a pair are in one, the rejected behind the chosen."""
-    lengths = np.diff(documents.column("ids").combine_chunks().offsets.to_numpy()) - 1
-    bounds = units(documents.column("doc").to_numpy(), documents.column("label").to_numpy())
+    lengths = np.diff(in_one(documents.column("ids")).offsets.to_numpy())[rows] - 1
+    bounds = units(documents.column("doc").to_numpy()[rows], documents.column("label").to_numpy()[rows])
     packs = first_fit_decreasing(np.add.reduceat(lengths, bounds[:-1]), capacity)
-    rows = [range(start, end) for start, end in pairwise(bounds.tolist())]
-    return [[row for unit in pack for row in rows[unit]] for pack in packs]
+    of_unit = [rows[start:end].tolist() for start, end in pairwise(bounds.tolist())]
+    return [[row for unit in pack for row in of_unit[unit]] for pack in packs]
 
 
-def _parts(packs: pa.Table, job: Job) -> list[list[int]]:
-    """What each source has in packs: documents, tokens, supervised targets."""
-    docs = packs.column("docs").combine_chunks().values.to_numpy()
-    lengths = packs.column("lengths").combine_chunks().values.to_numpy()
-    weights = packs.column("weights").combine_chunks().values.to_numpy()
-    sources = np.array(job.source_of_file)[docs >> FILE_SHIFT]
-    ends = np.concatenate([[0], np.cumsum(weights != 0)])[np.cumsum(np.append(0, lengths))]
-    columns = (np.bincount(sources, counts, len(job.sources)) for counts in (None, lengths, np.diff(ends)))
+def _parts(documents: pa.Table, rows: np.ndarray, job: Job) -> list[list[int]]:
+    """What each source has in rows of documents: documents, tokens, supervised targets."""
+    weights = in_one(documents.column("weights"))
+    starts, is_target = weights.offsets.to_numpy(), weights.values.to_numpy() != 0
+    is_target[starts[:-1]] = False  # the first token of a document
+    supervised = np.add.reduceat(is_target, starts[:-1], dtype=np.int64) if len(rows) else is_target
+    sources = _sources_of(documents, job)[rows]
+    counts = (None, (np.diff(starts) - 1)[rows], supervised[rows])
+    columns = (np.bincount(sources, count, len(job.sources)) for count in counts)
     return np.stack(list(columns), axis=1).astype(int).tolist()
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raytune_ds import storage
 from raytune_ds.data.job import Job, Tally
@@ -85,16 +86,29 @@ def read_tally(job: Job, name: str) -> Tally:
 
 
 def bucket_documents(job: Job, bucket: int, columns: Sequence[str] | None = None) -> pa.Table:
-    """A bucket's sequences, in their final order."""
-    table = _gathered(job, "chunks", bucket, DOCUMENT_SCHEMA, columns)
-    order = [name for name in ("key", "doc", "piece") if name in table.column_names]
-    return table.sort_by([(name, "ascending") for name in order])
+    """A bucket's sequences, chunk by chunk; `final_order` is that in which they are packed."""
+    return _gathered(job, "chunks", bucket, DOCUMENT_SCHEMA, columns)
 
 
-def bucket_marks(job: Job, bucket: int) -> pa.Table:
-    """A bucket's marks, alike ones together."""
+def final_order(documents: pa.Table) -> np.ndarray:
+    """The sequences of a bucket as their keys have it, whatever chunks they came from."""
+    return _order(documents, "key", "doc", "piece")
+
+
+def bucket_marks(job: Job, bucket: int) -> tuple[pa.Table, np.ndarray]:
+    """A bucket's marks, and their order in which alike ones are together."""
     marks = _gathered(job, "marks", bucket, MARK_SCHEMA, None)
-    return marks.sort_by([(name, "ascending") for name in ("exact", "mark", "doc")])
+    return marks, _order(marks, "exact", "mark", "doc")
+
+
+def _order(table: pa.Table, *columns: str) -> np.ndarray:
+    found: np.ndarray = pc.sort_indices(table, [(name, "ascending") for name in columns]).to_numpy()
+    return found
+
+
+def give_back() -> None:
+    """At the end of a task: what Arrow would keep for the next one like it; the next one is often another."""
+    pa.default_memory_pool().release_unused()
 
 
 def _gathered(
@@ -102,7 +116,7 @@ def _gathered(
 ) -> pa.Table:
     wanted = pa.schema([field for field in schema if columns is None or field.name in columns])
     batches = list(_batches(f"{job.scratch}/{folder}", bucket, wanted.names))
-    return pa.Table.from_batches(batches, wanted)
+    return pa.Table.from_batches(batches, wanted).combine_chunks()
 
 
 def _batches(folder: str, bucket: int, columns: list[str]) -> Iterator[pa.RecordBatch]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from raytune_ds.data.chunks import bucket_marks
+from raytune_ds.data.chunks import bucket_marks, give_back
 from raytune_ds.data.job import Job
 from raytune_ds.data.sightings import SHOWN
 from raytune_ds.data.sketch import ALIKE, likeness
@@ -69,16 +70,24 @@ def find_doubles(batch: dict[str, np.ndarray], job: Job, thresholds: tuple[int, 
         job: whose chunks are all done.
         thresholds: by source, the highest eval key that is held out.
     """
-    marks = bucket_marks(job, int(batch["bucket"][0]))
-    docs, values = marks.column("doc").to_numpy(), marks.column("mark").to_numpy()
-    exact = marks.column("exact").to_numpy()
-    sketches = marks.column("sketch")
-    held_out = marks.column("eval_key").to_numpy() <= _thresholds_of(docs, job, thresholds)
+    found = _found_in(*bucket_marks(job, int(batch["bucket"][0])), job, thresholds)
+    give_back()
+    return found
+
+
+def _found_in(
+    marks: pa.Table, order: np.ndarray, job: Job, thresholds: tuple[int, ...]
+) -> dict[str, list[Any]]:
+    docs, values, exact, eval_keys = (
+        marks.column(name).to_numpy()[order] for name in ("doc", "mark", "exact", "eval_key")
+    )
+    held_out = eval_keys <= _thresholds_of(docs, job, thresholds)
     pairs: dict[str, list[tuple[int, int]]] = {kind: [] for kind in KINDS}
     for start, end in _groups(values, exact):
         alike = np.ones(end - start, bool)
         if not exact[start]:
-            table = np.array([np.frombuffer(s.as_py(), np.uint8) for s in sketches[start:end]])
+            sketches = marks.column("sketch").take(pa.array(order[start:end])).to_pylist()
+            table = np.frombuffer(b"".join(sketches), np.uint8).reshape(end - start, -1)
             # Against the first that is trained on, or the first at all.
             lead = int(np.argmin(held_out[start:end]))
             alike = likeness(table, table[lead]) >= ALIKE

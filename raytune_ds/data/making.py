@@ -33,7 +33,7 @@ from raytune_ds.errors import UserError
 
 SHOWN_BAD_ROWS = 5
 _TASKS_A_CPU = 4
-_LARGEST_TASK = 16 << 20
+_LARGEST_TASK = 4 << 20
 
 
 class _UnfitError(UserError):

@@ -89,6 +89,7 @@ def encode_chunks(batch: pa.Table, job: Job) -> Iterator[dict[str, list[str]]]:
     """Encodes chunks of rows, writes their sequences for the buckets, and tells what became of the rows, as JSON."""
     for chunk in batch.to_pylist():
         tally = _encode_chunk(chunk, job) if chunk["index"] else chunks.read_tally(job, chunk["name"])
+        chunks.give_back()
         yield {"name": [chunk["name"]], "tally": [tally.to_json()]}
 
 

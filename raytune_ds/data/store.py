@@ -240,7 +240,7 @@ def pack_documents(packs: Iterable[Sequence[int]], documents: pa.Table) -> pa.Ta
         documents: columns ids (list of int32), weights (list of float32, one a token: its weight as a target), doc,
             label. A document of n tokens fills n - 1 positions, since its last token is only ever a target.
     """
-    ids, weights = documents.column("ids").combine_chunks(), documents.column("weights").combine_chunks()
+    ids, weights = in_one(documents.column("ids")), in_one(documents.column("weights"))
     tokens, token_weights, offsets = ids.values.to_numpy(), weights.values.to_numpy(), ids.offsets.to_numpy()
     doc_ids, labels = documents.column("doc").to_numpy(), documents.column("label").to_numpy()
     columns: dict[str, list[np.ndarray]] = {name: [] for name in PACK_SCHEMA.names}
@@ -253,6 +253,11 @@ def pack_documents(packs: Iterable[Sequence[int]], documents: pa.Table) -> pa.Ta
         columns["docs"].append(doc_ids[list(members)])
         columns["labels"].append(labels[list(members)])
     return pa.table(columns, schema=PACK_SCHEMA)
+
+
+def in_one(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array; copied only where it is in several."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def write_table(table: pa.Table, path: str) -> None:

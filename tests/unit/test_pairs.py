@@ -53,7 +53,7 @@ def documents(rows: list[tuple[Any, ...]]) -> pa.Table:
 @given(st.lists(SINGLE | PAIR, min_size=1, max_size=30))
 def test_a_pair_is_never_separated(rows: list[tuple[Any, ...]]) -> None:
     table = documents(rows)
-    members = _pack_units(table, SEQ_LEN)
+    members = _pack_units(table, np.arange(table.num_rows), SEQ_LEN)
     assert sorted(row for pack in members for row in pack) == list(range(table.num_rows))
     seen = 0
     for pack in pack_documents(members, table).to_pylist():
@@ -69,7 +69,7 @@ def test_a_pair_is_never_separated(rows: list[tuple[Any, ...]]) -> None:
 
 def test_a_pair_is_as_long_as_both_its_answers() -> None:
     rows = [("pair", 4, 4), ("pair", 4, 3), ("single", 5, Label.PLAIN), ("single", 4, Label.PLAIN)]
-    assert _pack_units(documents(rows), 12) == [[0, 1, 5], [2, 3, 4]]
+    assert _pack_units(documents(rows), np.arange(6), 12) == [[0, 1, 5], [2, 3, 4]]
 
 
 @pytest.mark.parametrize(
