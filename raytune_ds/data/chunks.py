@@ -10,7 +10,7 @@ its end and all whose chunks are done.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -106,6 +106,16 @@ def _order(table: pa.Table, *columns: str) -> np.ndarray:
     return found
 
 
+def to_bytes(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> bytes:
+    """Batches as one compressed Arrow file."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema, options=_COMPRESSED) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
 def give_back() -> None:
     """At the end of a task: what Arrow would keep for the next one like it; the next one is often another."""
     pa.default_memory_pool().release_unused()
@@ -134,12 +144,12 @@ def _write_batches(path: str, table: pa.Table, keys: pa.ChunkedArray, num_bucket
     order = np.argsort(buckets, kind="stable")
     ends = np.searchsorted(buckets[order], np.arange(num_buckets), side="right")
     ordered = table.take(pa.array(order)).combine_chunks()
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema, options=_COMPRESSED) as writer:
-        for start, end in zip([0, *ends], ends, strict=False):
-            for batch in ordered.slice(start, end - start).to_batches() or [_empty(table.schema)]:
-                writer.write_batch(batch)
-    storage.write_bytes(path, sink.getvalue())
+    batches = (
+        batch
+        for start, end in zip([0, *ends], ends, strict=False)
+        for batch in ordered.slice(start, end - start).to_batches() or [_empty(table.schema)]
+    )
+    storage.write_bytes(path, to_bytes(batches, table.schema))
 
 
 def _empty(schema: pa.Schema) -> pa.RecordBatch:

@@ -55,7 +55,7 @@ def make(job: Job, config: Config, fingerprint: str) -> Manifest:
     if done := len(finished(job)):
         say(f"data: going on with a preparation that was stopped, {done:,} of its chunks are done")
     try:
-        with _blocks_of(_task_bytes(job)):
+        with _row_by_row():
             manifest, peak_memory_mib = _run(job, config, fingerprint)
     except _UnfitError:  # whoever mends the rows asks for another store
         storage.delete_dir(job.scratch)
@@ -109,7 +109,7 @@ def _list_rejected(job: Job) -> None:
     storage.write_lines(f"{job.target}/rejected.jsonl", lines)
 
 
-def _task_bytes(job: Job) -> int:
+def _task_chars(job: Job) -> int:
     """Text that one task encodes, a chunk after the other: all CPUs have work, and not much of it is to begin tasks."""
     text_bytes = sum(item.text_bytes for item in job.inputs)
     fair = text_bytes / (_TASKS_A_CPU * max(1, ray.cluster_resources().get("CPU", 1)))
@@ -117,12 +117,12 @@ def _task_bytes(job: Job) -> int:
 
 
 @contextlib.contextmanager
-def _blocks_of(num_bytes: int) -> Iterator[None]:
-    """Lets Ray Data make blocks of about so many bytes in this job."""
+def _row_by_row() -> Iterator[None]:
+    """Lets Ray Data hand on each row by itself in this job: a row is the work of a task."""
     quiet()
     context = ray.data.DataContext.get_current()
     before = context.target_max_block_size
-    context.target_max_block_size = num_bytes
+    context.target_max_block_size = 1
     try:
         yield
     finally:
@@ -136,7 +136,7 @@ def _scatter(job: Job, fail: bool) -> Tally:
     # a CPU, so that on each of them one reads and one encodes.
     rows = files.map_batches(
         read_chunks,
-        fn_kwargs={"job": job, "done": finished(job)},
+        fn_kwargs={"job": job, "done": finished(job), "task_chars": _task_chars(job)},
         batch_size=1,
         num_cpus=1 / 8,
         zero_copy_batch=True,

@@ -35,70 +35,98 @@ from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 _MIB = 1 << 20
 _ROW_CHARS = 64  # what a row takes beside its text
 
-_CHUNK_SCHEMA = pa.schema(
+_ROW_SCHEMA = pa.schema(
     {
-        "file": pa.int32(),
-        "name": pa.string(),
-        "index": pa.list_(pa.int64()),
-        "line": pa.list_(pa.int64()),
-        "json": pa.large_list(pa.large_string()),  # because rows of different files differ in shape
-        "error": pa.large_list(pa.large_string()),
-        "fatal": pa.list_(pa.bool_()),
+        "index": pa.int64(),
+        "line": pa.int64(),
+        "json": pa.large_string(),  # because rows of different files differ in shape
+        "error": pa.large_string(),
+        "fatal": pa.bool_(),
     }
+)
+_TASK_SCHEMA = pa.schema(
+    {"file": pa.int32(), "names": pa.list_(pa.string()), "chunks": pa.list_(pa.large_binary())}
 )
 
 
-def read_chunks(batch: dict[str, np.ndarray], job: Job, done: frozenset[str]) -> Iterator[pa.Table]:
-    """Files to chunks of rows, one Arrow row each; without the rows of those that were done when the job began.
+def read_chunks(
+    batch: dict[str, np.ndarray], job: Job, done: frozenset[str], task_chars: int
+) -> Iterator[pa.Table]:
+    """Files to chunks of rows, an Arrow row of about `task_chars` of text for each task that encodes them.
 
-    What was done since does not count: Ray, which may run a task again, relies on it to give the same once more.
+    Chunks that were done when the job began come without rows. What was done since does not count: Ray, which may run
+    a task again, relies on it to give the same once more.
     """
     for number in batch["input"].tolist():
-        names = chunks.finished_chunks_of_file(job, number, done)
-        if names is not None:
-            for name in names:
-                yield _chunk(number, name, [])
-            continue
-        names = []
-        for name, rows in _chunks_of_file(job, number):
-            names.append(name)
-            yield _chunk(number, name, [] if name in done else rows)
-        chunks.note_chunks_of_file(job, number, names)
+        task, size = list[tuple[str, bytes]](), 0
+        for name, rows, chars in _chunks_to_do(job, number, done):
+            task.append((name, _packed(rows)))
+            size += chars
+            if size >= task_chars:
+                yield _task(number, task)
+                task, size = [], 0
+        if task:
+            yield _task(number, task)
 
 
-def _chunks_of_file(job: Job, number: int) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
-    rows: list[tuple[Any, ...]] = []
+_Rows = list[tuple[Any, ...]]
+
+
+def _chunks_to_do(job: Job, number: int, done: frozenset[str]) -> Iterator[tuple[str, _Rows, int]]:
+    """The chunks of a file: name, rows and characters of them, none of those that are done."""
+    names = chunks.finished_chunks_of_file(job, number, done)
+    if names is not None:
+        yield from ((name, [], 0) for name in names)
+        return
+    names = []
+    for name, rows, chars in _chunks_of_file(job, number):
+        names.append(name)
+        yield (name, [], 0) if name in done else (name, rows, chars)
+    chunks.note_chunks_of_file(job, number, names)
+
+
+def _chunks_of_file(job: Job, number: int) -> Iterator[tuple[str, _Rows, int]]:
+    rows: _Rows = []
     size = 0
     for row in job.inputs[number].rows():
         text = "" if row.value is None else json.dumps(row.value, default=str)
         rows.append((row.index, row.line or 0, text, row.error or "", row.fatal))
         size += len(text) + len(row.error or "") + _ROW_CHARS
         if size > job.chunk_chars:
-            yield chunks.name_of(number, rows[0][0]), rows
+            yield chunks.name_of(number, rows[0][0]), rows, size
             rows, size = [], 0
     if rows:
-        yield chunks.name_of(number, rows[0][0]), rows
+        yield chunks.name_of(number, rows[0][0]), rows, size
 
 
-def _chunk(file: int, name: str, rows: list[tuple[Any, ...]]) -> pa.Table:
-    columns = zip(*rows, strict=True) if rows else [()] * 5
-    return pa.table([[file], [name], *([list(column)] for column in columns)], schema=_CHUNK_SCHEMA)
+def _task(file: int, of_task: list[tuple[str, bytes]]) -> pa.Table:
+    names, packed = zip(*of_task, strict=True)
+    return pa.table([[file], [list(names)], [list(packed)]], schema=_TASK_SCHEMA)
+
+
+def _packed(rows: _Rows) -> bytes:
+    """Rows as they wait in the object store: compressed, they take a quarter of the room."""
+    if not rows:
+        return b""
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    return chunks.to_bytes(pa.table(columns, schema=_ROW_SCHEMA).to_batches(), _ROW_SCHEMA)
 
 
 def encode_chunks(batch: pa.Table, job: Job) -> Iterator[dict[str, list[str]]]:
     """Encodes chunks of rows, writes their sequences for the buckets, and tells what became of the rows, as JSON."""
-    for chunk in batch.to_pylist():
-        tally = _encode_chunk(chunk, job) if chunk["index"] else chunks.read_tally(job, chunk["name"])
-        chunks.give_back()
-        yield {"name": [chunk["name"]], "tally": [tally.to_json()]}
+    for task in batch.to_pylist():
+        for name, packed in zip(task["names"], task["chunks"], strict=True):
+            tally = _encode_chunk(task["file"], name, packed, job) if packed else chunks.read_tally(job, name)
+            chunks.give_back()
+            yield {"name": [name], "tally": [tally.to_json()]}
 
 
-def _encode_chunk(chunk: dict[str, Any], job: Job) -> Tally:
-    work = _Work(job, chunk["file"])
+def _encode_chunk(file: int, name: str, packed: bytes, job: Job) -> Tally:
+    work = _Work(job, file)
     examples: dict[int, Example] = {}
-    columns = (chunk[name] for name in ("index", "line", "json", "error", "fatal"))
-    lines = dict(zip(chunk["index"], chunk["line"], strict=True))
-    for index, line, text, error, fatal in zip(*columns, strict=True):
+    rows = pa.ipc.open_file(packed).read_all().to_pydict()
+    lines = dict(zip(rows["index"], rows["line"], strict=True))
+    for index, line, text, error, fatal in zip(*rows.values(), strict=True):
         work.tally.num_rows += 1
         work.tally.num_bytes += len(text)
         try:
@@ -118,7 +146,7 @@ def _encode_chunk(chunk: dict[str, Any], job: Job) -> Tally:
     work.tally.rejected.sort(key=lambda row: row["row"])
     work.tally.turns.update(work.encoder.turns)
     work.tally.peak_memory_mib = memory_mib()
-    chunks.write_chunk(job, chunk["name"], work.documents, _marks_of(work.told), work.tally)
+    chunks.write_chunk(job, name, work.documents, _marks_of(work.told), work.tally)
     return work.tally
 
 

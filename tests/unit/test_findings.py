@@ -70,7 +70,7 @@ class Prepared:
             | changes
         )
         self.tally = Tally()
-        for chunk in read_chunks({"input": np.array([0])}, job, frozenset()):
+        for chunk in read_chunks({"input": np.array([0])}, job, frozenset(), 1 << 20):
             for told in encode_chunks(chunk, job):
                 self.tally.add(Tally.from_json(told["tally"][0]))
         buckets = [

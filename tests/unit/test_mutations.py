@@ -306,7 +306,7 @@ def fate_of(tiny_models: dict[str, Path]) -> Callable[[Path, str], Fate]:
             scratch=str(path.with_suffix(".scratch")),
             target="",
         )
-        chunks = read_chunks({"input": np.array([0])}, job, frozenset())
+        chunks = read_chunks({"input": np.array([0])}, job, frozenset(), 1 << 20)
         told = [told for chunk in chunks for told in encode_chunks(chunk, job)]
         tallies = [Tally.from_json(one["tally"][0]) for one in told]
         rejected = [row for tally in tallies for row in tally.rejected]

@@ -44,7 +44,7 @@ def job_of(data: Path, model: Path, on_long_row: str, seq_len: int = SEQ_LEN) ->
 
 def encode(job: Job) -> tuple[Tally, pa.Table]:
     """All rows through one task: what became of them, and the sequences in order."""
-    (chunk,) = read_chunks({"input": np.array([0])}, job, frozenset())
+    (chunk,) = read_chunks({"input": np.array([0])}, job, frozenset(), 1 << 20)
     (told,) = encode_chunks(chunk, job)
     documents = bucket_documents(job, 0).sort_by([("doc", "ascending"), ("piece", "ascending")])
     return Tally.from_json(told["tally"][0]), documents
