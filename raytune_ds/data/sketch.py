@@ -8,13 +8,14 @@ common 99 % are compared, of those with 80 % three quarters, of those with 50 % 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import xxhash
 
-SHINGLE = 8
+SHINGLE = 8  # a power of two
 BANDS = 8
 MINIMA = 64
 ALIKE = 0.8
@@ -73,25 +74,26 @@ def code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
-def scripts_in(text: str) -> np.ndarray:
-    """How many letters are of which script: int64, one a script."""
+def scripts_in(text: str) -> Counter[str]:
+    """How many letters are of which script."""
     if text.isascii():  # the quick way for most texts
         letters = len(text.translate(_NO_LETTERS))
-        return letters * (np.arange(len(_SCRIPTS)) == _SCRIPTS.index("Latin"))
+        return Counter({"Latin": letters} if letters else {})
     ranges = np.searchsorted(_STARTS, code_points(text), side="right") - 1
-    counts = np.bincount(_SCRIPT_OF_RANGE[ranges], minlength=len(_SCRIPTS))
-    counts[0] = 0  # no letters
-    return counts
+    counts = np.bincount(_SCRIPT_OF_RANGE[ranges], minlength=len(_SCRIPTS)).tolist()
+    return Counter(
+        {script: count for script, count in zip(_SCRIPTS, counts, strict=True) if script and count}
+    )
 
 
-def main_script(counts: np.ndarray) -> str:
+def main_script(counts: Counter[str]) -> str:
     """The script that most of some letters are of; empty where there are none.
 
     Writing, not language: French and English are both Latin. A text with kana counts as Japanese.
     """
-    if counts[_SCRIPTS.index("Japanese")] > counts.sum() // 10:
+    if counts["Japanese"] > counts.total() // 10:
         return "Japanese"
-    return _SCRIPTS[int(counts.argmax())] if counts.any() else ""
+    return max(counts, key=lambda script: (counts[script], script), default="")
 
 
 @dataclass(frozen=True)
@@ -165,15 +167,16 @@ def _minima(texts: Sequence[str]) -> np.ndarray:
 def _shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Hashes of each run of SHINGLE characters, case and white space apart, and the text it is of: uint64, int64."""
     plain = [" ".join(text.lower().split()).ljust(SHINGLE, "\0") for text in texts]
-    ends = np.cumsum([len(text) for text in plain])
-    characters = code_points("".join(plain)).astype(np.uint64)
-    hashes = np.zeros(max(0, len(characters) - SHINGLE + 1), np.uint64)
-    for start in range(SHINGLE):
-        hashes = hashes * _MULTIPLIER + characters[start : start + len(hashes)]
-    starts = np.arange(len(hashes))
-    text_of = np.searchsorted(ends, starts, side="right")
-    within = starts + SHINGLE <= ends[text_of] if len(ends) else starts > 0
-    return _mixed(hashes[within]), text_of[within]
+    lengths = np.array([len(text) for text in plain], np.int64)
+    hashes = code_points("".join(plain)).astype(np.uint64)
+    width, power = 1, int(_MULTIPLIER)
+    while width < SHINGLE:  # polynomials of runs, each from two of half as many characters
+        hashes = hashes[:-width] * np.uint64(power) + hashes[width:]
+        width, power = 2 * width, power * power % (1 << 64)
+    within = np.ones(lengths.sum(), bool)
+    within[np.cumsum(lengths)[:, None] - np.arange(1, SHINGLE)] = False  # those go on into the next text
+    text_of = np.repeat(np.arange(len(plain)), lengths - SHINGLE + 1)
+    return _mixed(hashes[within[: len(hashes)]]), text_of
 
 
 def _mixed(hashes: np.ndarray) -> np.ndarray:
