@@ -68,10 +68,8 @@ def pack_bucket(
 
 def _pack_bucket(bucket: int, job: Job, thresholds: tuple[int, ...], quotas: Quotas) -> dict[str, Any]:
     documents = bucket_documents(job, bucket)
-    held_out = (
-        documents.column("eval_key").to_numpy()
-        <= np.array(thresholds, np.uint64)[_sources_of(documents, job)]
-    )
+    highest = np.array(thresholds, np.uint64)[_sources_of(documents, job)]
+    held_out = documents.column("eval_key").to_numpy() <= highest
     order = final_order(documents)
     trained = _mixed(documents, order[~held_out[order]], job, quotas)
     result: dict[str, Any] = {"bucket": bucket, "num_docs": documents.num_rows}
@@ -139,7 +137,7 @@ def _parts(documents: pa.Table, rows: np.ndarray, job: Job) -> list[list[int]]:
     weights = in_one(documents.column("weights"))
     starts, is_target = weights.offsets.to_numpy(), weights.values.to_numpy() != 0
     is_target[starts[:-1]] = False  # the first token of a document
-    supervised = np.add.reduceat(is_target, starts[:-1], dtype=np.int64) if len(rows) else is_target
+    supervised = np.add.reduceat(is_target, starts[:-1], dtype=np.int64)
     sources = _sources_of(documents, job)[rows]
     counts = (None, (np.diff(starts) - 1)[rows], supervised[rows])
     columns = (np.bincount(sources, count, len(job.sources)) for count in counts)

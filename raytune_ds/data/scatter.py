@@ -44,6 +44,7 @@ _ROW_SCHEMA = pa.schema(
         "fatal": pa.bool_(),
     }
 )
+_Rows = list[tuple[Any, ...]]
 _TASK_SCHEMA = pa.schema(
     {"file": pa.int32(), "names": pa.list_(pa.string()), "chunks": pa.list_(pa.large_binary())}
 )
@@ -67,9 +68,6 @@ def read_chunks(
                 task, size = [], 0
         if task:
             yield _task(number, task)
-
-
-_Rows = list[tuple[Any, ...]]
 
 
 def _chunks_to_do(job: Job, number: int, done: frozenset[str]) -> Iterator[tuple[str, _Rows, int]]:
