@@ -24,7 +24,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     data/sketch, inspection, sightings what a text has in common with others; what is odd about a row; how often
     data/job, chunks, fit, scatter     what tasks are told and tell; rows to sequences that fit, scattered over buckets
     data/duplicates, gate, buckets     rows that come twice; whether a run may begin; sequences to packs
-    data/making (R), prepare           the Ray Data job that does it all, once; a store, found or made
+    data/tasks, making (R), prepare    tasks for all CPUs; what does it all, once; a store, found or made
     data/share, batch, stream (R)      what a rank reads of a global batch, as `Batch`es, read ahead
     data/show, sample, spelled, page   a store as a person sees it: in the terminal; a bounded look at its packs; tokens
                                        one by one; a page of all that
@@ -70,9 +70,9 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     origin, takehome                   what is exported, and where it comes from; exports
     verbs/, cli                        the command lines
 
-A row's way from a file to a gradient: `inputs` finds files and formats; `prepare` reads them with Ray Data, and its
-tasks turn rows into `Example`s (`formats`), these into ids and weights (`template`), scatter them by a hash of their
-place (a global shuffle that no parallelism changes) and pack each bucket (`packing`). The store is found again by a
+A row's way from a file to a gradient: `inputs` finds files and formats; `prepare` reads them in tasks of Ray, others
+turn rows into `Example`s (`formats`), these into ids and weights (`template`), scatter them by a hash of their place
+(a global shuffle that no parallelism changes) and pack each bucket (`packing`). The store is found again by a
 hash of everything that made it. `order` says which pack each slot of each global batch reads, whatever the number of
 workers; `stream` fetches a rank's share ahead of time. `loop` sums the loss weights over all ranks first, so that
 `engine.backward(loss_sum / global_weight)` adds up to the gradient of one mean over the whole global batch. The model

@@ -35,35 +35,33 @@ Quotas = Mapping[int, int]
 _AT_ONCE = 8 * ROW_GROUP
 
 
-def count_bucket(batch: dict[str, np.ndarray], job: Job, thresholds: tuple[int, ...]) -> dict[str, list[Any]]:
-    """The rows of each source in a bucket that are trained on, by its index."""
-    bucket = int(batch["bucket"][0])
+def count_bucket(bucket: int, job: Job, thresholds: tuple[int, ...]) -> tuple[int, list[int]]:
+    """A bucket, and its rows of each source that are trained on."""
     documents = bucket_documents(job, bucket, ("eval_key", "piece", "doc"))
     sources = _sources_of(documents, job)
     held_out = documents.column("eval_key").to_numpy() <= np.array(thresholds, np.uint64)[sources]
     rows = sources[~held_out & (_pieces(documents) == 0)]
-    return {"bucket": [bucket], "rows": [np.bincount(rows, minlength=len(job.sources))]}
+    return bucket, np.bincount(rows, minlength=len(job.sources)).tolist()
 
 
 def pack_bucket(
-    batch: dict[str, np.ndarray], job: Job, thresholds: tuple[int, ...], quotas: Mapping[int, Quotas]
-) -> dict[str, list[Any]]:
+    bucket: int, job: Job, thresholds: tuple[int, ...], quotas: Mapping[int, Quotas]
+) -> dict[str, Any]:
     """One bucket, sorted, split and mixed, to whole row groups of packs, and a rest.
 
     Args:
-        batch: with the number of the bucket.
+        bucket: its number.
         job: whose chunks are all done.
         thresholds: by source, the highest eval key that is held out.
         quotas: by bucket; see Quotas.
     """
-    bucket = int(batch["bucket"][0])
     note = f"{job.scratch}/packed/{bucket:06d}.json"
     result: dict[str, Any] | None = storage.read_json(note)
     if result is None:
         result = _pack_bucket(bucket, job, thresholds, quotas.get(bucket, {}))
         storage.write_json(note, result)
     give_back()
-    return {"packed": [result]}
+    return result
 
 
 def _pack_bucket(bucket: int, job: Job, thresholds: tuple[int, ...], quotas: Quotas) -> dict[str, Any]:

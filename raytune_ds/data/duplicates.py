@@ -62,22 +62,20 @@ class Doubles:
         return sorted(self.found[kind].items())[:SHOWN]
 
 
-def find_doubles(batch: dict[str, np.ndarray], job: Job, thresholds: tuple[int, ...]) -> dict[str, list[Any]]:
+def find_doubles(bucket: int, job: Job, thresholds: tuple[int, ...]) -> dict[str, Any]:
     """Of one bucket: how many rows are trained on and held out, and pairs (row, the row it is like) by kind.
 
     Args:
-        batch: with the number of the bucket.
+        bucket: its number.
         job: whose chunks are all done.
         thresholds: by source, the highest eval key that is held out.
     """
-    found = _found_in(*bucket_marks(job, int(batch["bucket"][0])), job, thresholds)
+    found = _found_in(*bucket_marks(job, bucket), job, thresholds)
     give_back()
     return found
 
 
-def _found_in(
-    marks: pa.Table, order: np.ndarray, job: Job, thresholds: tuple[int, ...]
-) -> dict[str, list[Any]]:
+def _found_in(marks: pa.Table, order: np.ndarray, job: Job, thresholds: tuple[int, ...]) -> dict[str, Any]:
     docs, values, exact, eval_keys = (
         marks.column(name).to_numpy()[order] for name in ("doc", "mark", "exact", "eval_key")
     )
@@ -93,9 +91,9 @@ def _found_in(
             alike = likeness(table, table[lead]) >= ALIKE
         _note(pairs, docs[start:end][alike], held_out[start:end][alike], bool(exact[start]))
     return {
-        "trained": [int((exact & ~held_out).sum())],
-        "held_out": [int((exact & held_out).sum())],
-        "pairs": [{kind: np.array(found, np.int64).reshape(-1, 2) for kind, found in pairs.items()}],
+        "trained": int((exact & ~held_out).sum()),
+        "held_out": int((exact & held_out).sum()),
+        "pairs": {kind: np.array(found, np.int64).reshape(-1, 2) for kind, found in pairs.items()},
     }
 
 

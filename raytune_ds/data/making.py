@@ -1,4 +1,4 @@
-"""Makes the packed store: a Ray Data job that streams.
+"""Makes the packed store, on all CPUs of the cluster.
 
     files -> chunks of rows -> sequences, by bucket (scatter.py) -> each bucket looked through for doubles
     (duplicates.py), then sorted, mixed, packed and written (buckets.py)
@@ -12,14 +12,14 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import ray.data
+from collections.abc import Callable, Generator, Iterator
+from itertools import chain
+from typing import Any, TypeVar
 
 from raytune_ds import storage
 from raytune_ds.config import Config
 from raytune_ds.console import ProgressLine, human_count, say
+from raytune_ds.data import tasks
 from raytune_ds.data.buckets import Quotas, count_bucket, finish_split, pack_bucket
 from raytune_ds.data.chunks import expected, finished, read_tally
 from raytune_ds.data.duplicates import Doubles, find_doubles
@@ -28,12 +28,17 @@ from raytune_ds.data.job import Job, Tally
 from raytune_ds.data.mixture import quotas, shared_out
 from raytune_ds.data.scatter import encode_chunks, read_chunks
 from raytune_ds.data.store import Manifest, Split
-from raytune_ds.data.stream import quiet
 from raytune_ds.errors import UserError
+
+T = TypeVar("T")
 
 SHOWN_BAD_ROWS = 5
 _TASKS_A_CPU = 4
 _LARGEST_TASK = 4 << 20
+_LEAST_SHARE = 64 << 20
+# A reader is some twenty times as fast. Together with one an encoder takes a CPU: if it asked for a whole one, that
+# would leave the reader none.
+_ENCODERS_A_READER = 8
 
 
 class _UnfitError(UserError):
@@ -55,8 +60,7 @@ def make(job: Job, config: Config, fingerprint: str) -> Manifest:
     if done := len(finished(job)):
         say(f"data: going on with a preparation that was stopped, {done:,} of its chunks are done")
     try:
-        with _row_by_row():
-            manifest, peak_memory_mib = _run(job, config, fingerprint)
+        manifest, peak_memory_mib = _run(job, config, fingerprint)
     except _UnfitError:  # whoever mends the rows asks for another store
         storage.delete_dir(job.scratch)
         raise
@@ -112,45 +116,44 @@ def _list_rejected(job: Job) -> None:
 def _task_chars(job: Job) -> int:
     """Text that one task encodes, a chunk after the other: all CPUs have work, and not much of it is to begin tasks."""
     text_bytes = sum(item.text_bytes for item in job.inputs)
-    fair = text_bytes / (_TASKS_A_CPU * max(1, ray.cluster_resources().get("CPU", 1)))
-    return int(max(job.chunk_chars, min(fair, _LARGEST_TASK)))
+    return int(max(job.chunk_chars, min(text_bytes / (_TASKS_A_CPU * tasks.num_cpus()), _LARGEST_TASK)))
 
 
-@contextlib.contextmanager
-def _row_by_row() -> Iterator[None]:
-    """Lets Ray Data hand on each row by itself in this job: a row is the work of a task."""
-    quiet()
-    context = ray.data.DataContext.get_current()
-    before = context.target_max_block_size
-    context.target_max_block_size = 1
-    try:
-        yield
-    finally:
-        context.target_max_block_size = before
+def _shares(job: Job) -> Iterator[list[int]]:
+    """The files that one task reads, the small ones together."""
+    share, size = list[int](), 0
+    for number, item in enumerate(job.inputs):
+        share.append(number)
+        size += item.text_bytes or _LEAST_SHARE  # of a stream nobody knows
+        if size >= _LEAST_SHARE:
+            yield share
+            share, size = [], 0
+    if share:
+        yield share
 
 
 def _scatter(job: Job, fail: bool) -> Tally:
     """Encodes all rows and scatters the sequences over the buckets."""
-    files = ray.data.from_items([{"input": i} for i in range(len(job.inputs))])
-    # Unequal shares, so that reading and encoding stay two stages and several tasks encode one large file; together
-    # a CPU, so that on each of them one reads and one encodes.
-    rows = files.map_batches(
+    read = tasks.stream(
         read_chunks,
-        fn_kwargs={"job": job, "done": finished(job), "task_chars": _task_chars(job)},
-        batch_size=1,
-        num_cpus=1 / 8,
-        zero_copy_batch=True,
+        _shares(job),
+        cpus=1 / _ENCODERS_A_READER,
+        at_once=-(-tasks.num_cpus() // _ENCODERS_A_READER),
+        job=job,
+        done=finished(job),
+        task_chars=_task_chars(job),
     )
-    tallies = rows.map_batches(
-        encode_chunks, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=7 / 8
-    )
-    total, names = Tally(), []
+    total, names = Tally(), list[str]()
     started = time.monotonic()
     text_bytes = sum(item.text_bytes for item in job.inputs)
-    with ProgressLine("preparing", text_bytes) as progress:
-        for row in tallies.iter_rows():
-            tally = Tally.from_json(row["tally"])
-            names.append(row["name"])
+    encoded = tasks.each(encode_chunks, read, cpus=1 - 1 / _ENCODERS_A_READER, job=job)
+    with (
+        ProgressLine("preparing", text_bytes) as progress,
+        contextlib.closing(read),
+        contextlib.closing(encoded),
+    ):
+        for name, tally in chain.from_iterable(encoded):
+            names.append(name)
             total.add(tally)
             fatal = [row for row in tally.rejected if row["fatal"]]
             if fatal or (fail and tally.rejected):
@@ -176,23 +179,20 @@ def _eval_thresholds(job: Job, fraction: float, tally: Tally) -> tuple[int, ...]
     )
 
 
-def _over_buckets(job: Job, label: str, work: Callable[..., Any], **told: Any) -> Iterator[dict[str, Any]]:
-    """What `work` tells of each bucket, as the buckets are done. Work on an only one has begun when this returns."""
-    if job.num_buckets > 1:
-        return _over_many_buckets(job, label, work, **told)
-    begun = ray.remote(num_cpus=1)(work).remote({"bucket": [0]}, job=job, **told)
-    return ({name: values[0] for name, values in ray.get(task).items()} for task in [begun])
+def _over_buckets(job: Job, label: str, work: Callable[..., T], **told: Any) -> Iterator[T]:
+    """What `work` tells of each bucket, as the buckets are done. The first ones have begun when this returns."""
+    done = tasks.each(work, range(job.num_buckets), cpus=1, job=job, **told)
+    return _shown(done, label, job.num_buckets)
 
 
-def _over_many_buckets(
-    job: Job, label: str, work: Callable[..., Any], **told: Any
-) -> Iterator[dict[str, Any]]:
-    buckets = ray.data.from_items([{"bucket": i} for i in range(job.num_buckets)])
-    done = buckets.map_batches(work, fn_kwargs={"job": job, **told}, batch_size=1, num_cpus=1)
-    with ProgressLine(label, job.num_buckets) as progress:
-        for number, row in enumerate(done.iter_rows(), 1):
-            yield row
-            progress.update(number, f"bucket {number:,} of {job.num_buckets:,}")
+def _shown(done: Generator[T, None, None], label: str, num_buckets: int) -> Iterator[T]:
+    if num_buckets == 1:
+        yield from done
+        return
+    with contextlib.closing(done), ProgressLine(label, num_buckets) as progress:
+        for number, told in enumerate(done, 1):
+            yield told
+            progress.update(number, f"bucket {number:,} of {num_buckets:,}")
 
 
 def _quotas(job: Job, thresholds: tuple[int, ...]) -> dict[int, Quotas]:
@@ -200,10 +200,8 @@ def _quotas(job: Job, thresholds: tuple[int, ...]) -> dict[int, Quotas]:
     trained = [source for source in job.sources if not source.held_out]
     if not any(source.is_mixed for source in trained):
         return {}
-    buckets = sorted(
-        _over_buckets(job, "counting", count_bucket, thresholds=thresholds), key=lambda row: row["bucket"]
-    )
-    counts = {source.index: [int(row["rows"][source.index]) for row in buckets] for source in trained}
+    buckets = sorted(_over_buckets(job, "counting", count_bucket, thresholds=thresholds))
+    counts = {source.index: [rows[source.index] for _, rows in buckets] for source in trained}
     if empty := [source.path for source in trained if not sum(counts[source.index])]:
         raise _UnfitError(
             f"data.sources: {', '.join(empty)}: no row is left to train on, so there is nothing to mix."
@@ -213,7 +211,7 @@ def _quotas(job: Job, thresholds: tuple[int, ...]) -> dict[int, Quotas]:
         source.index: shared_out(quota, counts[source.index])
         for source, quota in zip(trained, wanted, strict=True)
     }
-    return {row["bucket"]: {s: shares[s][place] for s in shares} for place, row in enumerate(buckets)}
+    return {bucket: {s: shares[s][bucket] for s in shares} for bucket, _ in buckets}
 
 
 def _pack_buckets(
@@ -225,9 +223,9 @@ def _pack_buckets(
         RuntimeError: not all that was scattered has arrived.
     """
     results = []
-    for row in _over_buckets(job, "packing", pack_bucket, thresholds=thresholds, quotas=shares):
-        results.append(row["packed"])
-        tally.peak_memory_mib = max(tally.peak_memory_mib, row["packed"]["peak_memory_mib"])
+    for result in _over_buckets(job, "packing", pack_bucket, thresholds=thresholds, quotas=shares):
+        results.append(result)
+        tally.peak_memory_mib = max(tally.peak_memory_mib, result["peak_memory_mib"])
     if (arrived := sum(result["num_docs"] for result in results)) != tally.num_docs:
         raise RuntimeError(
             f"{arrived} of {tally.num_docs} documents arrived in {job.scratch}: does every node see the same storage?"

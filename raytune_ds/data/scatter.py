@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -45,84 +45,82 @@ _ROW_SCHEMA = pa.schema(
     }
 )
 _Rows = list[tuple[Any, ...]]
-_TASK_SCHEMA = pa.schema(
-    {"file": pa.int32(), "names": pa.list_(pa.string()), "chunks": pa.list_(pa.large_binary())}
-)
+
+
+class Chunk(NamedTuple):
+    """Rows of a file as they wait to be encoded: compressed, they take a quarter of the room; none if they are done."""
+
+    file: int
+    name: str
+    rows: bytes
 
 
 def read_chunks(
-    batch: dict[str, np.ndarray], job: Job, done: frozenset[str], task_chars: int
-) -> Iterator[pa.Table]:
-    """Files to chunks of rows, an Arrow row of about `task_chars` of text for each task that encodes them.
+    files: Sequence[int], job: Job, done: frozenset[str], task_chars: int
+) -> Iterator[list[Chunk]]:
+    """Files to chunks of rows, about `task_chars` of text together for each task that encodes them.
 
     Chunks that were done when the job began come without rows. What was done since does not count: Ray, which may run
     a task again, relies on it to give the same once more.
     """
-    for number in batch["input"].tolist():
-        task, size = list[tuple[str, bytes]](), 0
-        for name, rows, chars in _chunks_to_do(job, number, done):
-            task.append((name, _packed(rows)))
+    task, size = list[Chunk](), 0
+    for file in files:
+        for name, rows, chars in _chunks_to_do(job, file, done):
+            task.append(Chunk(file, name, _packed(rows)))
             size += chars
             if size >= task_chars:
-                yield _task(number, task)
+                yield task
                 task, size = [], 0
-        if task:
-            yield _task(number, task)
+    if task:
+        yield task
 
 
-def _chunks_to_do(job: Job, number: int, done: frozenset[str]) -> Iterator[tuple[str, _Rows, int]]:
+def _chunks_to_do(job: Job, file: int, done: frozenset[str]) -> Iterator[tuple[str, _Rows, int]]:
     """The chunks of a file: name, rows and characters of them, none of those that are done."""
-    names = chunks.finished_chunks_of_file(job, number, done)
+    names = chunks.finished_chunks_of_file(job, file, done)
     if names is not None:
         yield from ((name, [], 0) for name in names)
         return
     names = []
-    for name, rows, chars in _chunks_of_file(job, number):
+    for name, rows, chars in _chunks_of_file(job, file):
         names.append(name)
         yield (name, [], 0) if name in done else (name, rows, chars)
-    chunks.note_chunks_of_file(job, number, names)
+    chunks.note_chunks_of_file(job, file, names)
 
 
-def _chunks_of_file(job: Job, number: int) -> Iterator[tuple[str, _Rows, int]]:
+def _chunks_of_file(job: Job, file: int) -> Iterator[tuple[str, _Rows, int]]:
     rows: _Rows = []
     size = 0
-    for row in job.inputs[number].rows():
+    for row in job.inputs[file].rows():
         text = "" if row.value is None else json.dumps(row.value, default=str)
         rows.append((row.index, row.line or 0, text, row.error or "", row.fatal))
         size += len(text) + len(row.error or "") + _ROW_CHARS
         if size > job.chunk_chars:
-            yield chunks.name_of(number, rows[0][0]), rows, size
+            yield chunks.name_of(file, rows[0][0]), rows, size
             rows, size = [], 0
     if rows:
-        yield chunks.name_of(number, rows[0][0]), rows, size
-
-
-def _task(file: int, of_task: list[tuple[str, bytes]]) -> pa.Table:
-    names, packed = zip(*of_task, strict=True)
-    return pa.table([[file], [list(names)], [list(packed)]], schema=_TASK_SCHEMA)
+        yield chunks.name_of(file, rows[0][0]), rows, size
 
 
 def _packed(rows: _Rows) -> bytes:
-    """Rows as they wait in the object store: compressed, they take a quarter of the room."""
     if not rows:
         return b""
     columns = [list(column) for column in zip(*rows, strict=True)]
     return chunks.to_bytes(pa.table(columns, schema=_ROW_SCHEMA).to_batches(), _ROW_SCHEMA)
 
 
-def encode_chunks(batch: pa.Table, job: Job) -> Iterator[dict[str, list[str]]]:
-    """Encodes chunks of rows, writes their sequences for the buckets, and tells what became of the rows, as JSON."""
-    for task in batch.to_pylist():
-        for name, packed in zip(task["names"], task["chunks"], strict=True):
-            tally = _encode_chunk(task["file"], name, packed, job) if packed else chunks.read_tally(job, name)
-            chunks.give_back()
-            yield {"name": [name], "tally": [tally.to_json()]}
+def encode_chunks(task: Sequence[Chunk], job: Job) -> list[tuple[str, Tally]]:
+    """Encodes chunks of rows, writes their sequences for the buckets, and tells what became of the rows of each."""
+    return [
+        (chunk.name, _encode_chunk(chunk, job) if chunk.rows else chunks.read_tally(job, chunk.name))
+        for chunk in task
+    ]
 
 
-def _encode_chunk(file: int, name: str, packed: bytes, job: Job) -> Tally:
-    work = _Work(job, file)
+def _encode_chunk(chunk: Chunk, job: Job) -> Tally:
+    work = _Work(job, chunk.file)
     examples: dict[int, Example] = {}
-    rows = pa.ipc.open_file(packed).read_all().to_pydict()
+    rows = pa.ipc.open_file(chunk.rows).read_all().to_pydict()
     lines = dict(zip(rows["index"], rows["line"], strict=True))
     for index, line, text, error, fatal in zip(*rows.values(), strict=True):
         work.tally.num_rows += 1
@@ -144,7 +142,8 @@ def _encode_chunk(file: int, name: str, packed: bytes, job: Job) -> Tally:
     work.tally.rejected.sort(key=lambda row: row["row"])
     work.tally.turns.update(work.encoder.turns)
     work.tally.peak_memory_mib = memory_mib()
-    chunks.write_chunk(job, name, work.documents, _marks_of(work.told), work.tally)
+    chunks.write_chunk(job, chunk.name, work.documents, _marks_of(work.told), work.tally)
+    chunks.give_back()
     return work.tally
 
 

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raytune_ds import storage
+from raytune_ds.data import tasks
 from raytune_ds.data.order import Place
 from raytune_ds.data.store import FILE_SHIFT, Store
 from tests.helpers import write_jsonl
@@ -72,23 +72,12 @@ def calm(tmp_path_factory: pytest.TempPathFactory, tiny: Path, data: list[str], 
     return prepared(tmp_path_factory.mktemp("calm"), tiny, data)
 
 
-@pytest.fixture
-def cpus(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Lets Ray Data have so many CPUs and no more."""
-    from ray.data import DataContext, ExecutionOptions, ExecutionResources
-
-    options = DataContext.get_current().execution_options
-    before = options.resource_limits
-    options.resource_limits = ExecutionResources(cpu=request.param)
-    assert isinstance(options, ExecutionOptions)
-    yield
-    options.resource_limits = before
-
-
-@pytest.mark.parametrize("cpus", [1, pytest.param(2, marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize("at_once", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_number_of_tasks_does_not_matter(
-    tmp_path: Path, tiny: Path, data: list[str], calm: Any, cpus: None
+    tmp_path: Path, tiny: Path, data: list[str], calm: Any, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tasks, "_AHEAD", 1)
+    monkeypatch.setattr(tasks, "num_cpus", lambda: at_once)
     assert content(prepared(tmp_path, tiny, data)) == content(calm)
 
 

@@ -28,14 +28,14 @@ def encoded(folder: Path, model: Path, chunk_chars: int) -> Job:
     rows = [{"text": f"{i} is " + "word " * (i % 7 + 1)} for i in range(NUM_ROWS)]
     job = job_of(write_jsonl(folder / "rows.jsonl", rows), model, "drop", seq_len=64)
     job = replace(job, chunk_chars=chunk_chars, target=str(folder / "store"))
-    for tasks in read_chunks({"input": np.array([0])}, job, frozenset(), 1 << 14):
-        list(encode_chunks(tasks, job))
+    for tasks in read_chunks([0], job, frozenset(), 1 << 14):
+        encode_chunks(tasks, job)
     return job
 
 
 def packed(job: Job) -> dict[str, pa.Table]:
     """Its packs by file, and what was told of them."""
-    (told,) = pack_bucket({"bucket": np.array([0])}, job, thresholds=(HELD_OUT,), quotas={})["packed"]
+    told = pack_bucket(0, job, thresholds=(HELD_OUT,), quotas={})
     files = {split: [f"{job.scratch}/rest-{split}-000000.parquet"] for split in ("train", "eval")}
     seen: list[int] = []
     for split, of_split in files.items():
@@ -78,12 +78,9 @@ def test_an_empty_bucket_gives_nothing(tmp_path: Path, tiny_models: dict[str, Pa
         ),
         num_buckets=2,
     )
-    for tasks in read_chunks({"input": np.array([0])}, job, frozenset(), 1):
-        list(encode_chunks(tasks, job))
-    told = [
-        pack_bucket({"bucket": np.array([bucket])}, job, thresholds=(0,), quotas={})["packed"][0]
-        for bucket in (0, 1)
-    ]
+    for tasks in read_chunks([0], job, frozenset(), 1):
+        encode_chunks(tasks, job)
+    told = [pack_bucket(bucket, job, thresholds=(0,), quotas={}) for bucket in (0, 1)]
     assert sorted(of["num_docs"] for of in told) == [0, 1]
     empty = min(told, key=lambda of: int(of["num_docs"]))
     for split in ("train", "eval"):

@@ -70,14 +70,11 @@ class Prepared:
             | changes
         )
         self.tally = Tally()
-        for chunk in read_chunks({"input": np.array([0])}, job, frozenset(), 1 << 20):
-            for told in encode_chunks(chunk, job):
-                self.tally.add(Tally.from_json(told["tally"][0]))
-        buckets = [
-            find_doubles({"bucket": np.array([bucket])}, job, (self._threshold(job, held_out),))
-            for bucket in range(job.num_buckets)
-        ]
-        doubles = Doubles.of({name: values[0] for name, values in told.items()} for told in buckets)
+        for task in read_chunks([0], job, frozenset(), 1 << 20):
+            for _, tally in encode_chunks(task, job):
+                self.tally.add(tally)
+        threshold = self._threshold(job, held_out)
+        doubles = Doubles.of(find_doubles(bucket, job, (threshold,)) for bucket in range(job.num_buckets))
         self.findings = {finding.kind: finding for finding in conclude(self.tally, doubles)}
         self.file = str(data)
 

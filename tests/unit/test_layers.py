@@ -27,7 +27,7 @@ ROOMS = """
     data.batchid data.findings data.store data.share data.tokenizer data.mixture data.inputs data.rows data.prepared
     data.literal data.thinking data.chat data.turntokens data.template data.sketch data.inspection data.sightings
     data.job data.chunks data.fit data.scatter data.duplicates data.gate data.buckets data.batch data.stream
-    data.making data.prepare data.show data.sample data.spelled data.page
+    data.tasks data.making data.prepare data.show data.sample data.spelled data.page
     allocator phases world rundir watch downtime stacks profilepage profiling
     model.folder model.tiny model.attention model.kernels model.crossentropy model.packed model.weights model.lowbits
     model.quantize
@@ -75,7 +75,7 @@ HEAVY = ("torch", "ray", "transformers")
 RESERVED = {
     "ray": {
         "data.stream",
-        "data.making",
+        "data.tasks",
         "deploy.spot_aws",
         "deploy.spot_gcp",
         "nodes",

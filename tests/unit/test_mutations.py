@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from raytune_ds.config import DataConfig
 from raytune_ds.data.chunks import bucket_documents
 from raytune_ds.data.formats import FORMATS
 from raytune_ds.data.inputs import Inputs
-from raytune_ds.data.job import Job, Tally
+from raytune_ds.data.job import Job
 from raytune_ds.data.scatter import encode_chunks, read_chunks
 from raytune_ds.data.store import file_and_row
 from raytune_ds.data.tokenizer import TokenizerSpec
@@ -306,9 +305,11 @@ def fate_of(tiny_models: dict[str, Path]) -> Callable[[Path, str], Fate]:
             scratch=str(path.with_suffix(".scratch")),
             target="",
         )
-        chunks = read_chunks({"input": np.array([0])}, job, frozenset(), 1 << 20)
-        told = [told for chunk in chunks for told in encode_chunks(chunk, job)]
-        tallies = [Tally.from_json(one["tally"][0]) for one in told]
+        tallies = [
+            tally
+            for task in read_chunks([0], job, frozenset(), 1 << 20)
+            for _, tally in encode_chunks(task, job)
+        ]
         rejected = [row for tally in tallies for row in tally.rejected]
         docs = bucket_documents(job, 0).column("doc").to_pylist()
         fate = Fate(

@@ -170,7 +170,7 @@ def test_rows_of_pairs_become_packs_of_pairs(tmp_path: Path, tiny_models: dict[s
     tally, table = encode(job)
     assert [row["reason"].split(":")[0] for row in tally.rejected] == ["'chosen' and 'rejected' are the same"]
     assert table.column("label").to_pylist() == [Label.CHOSEN, Label.REJECTED] * 40
-    (packed,) = pack_bucket({"bucket": np.array([0])}, job, thresholds=(0,), quotas={})["packed"]
+    packed = pack_bucket(0, job, thresholds=(0,), quotas={})
     assert packed["num_docs"] == packed["train"]["parts"][0][0] == tally.num_docs == 80
     packs = read_table(f"{job.scratch}/rest-train-000000.parquet").to_pylist()
     labels = [pack["labels"] for pack in packs]

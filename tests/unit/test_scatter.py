@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -44,10 +43,10 @@ def job_of(data: Path, model: Path, on_long_row: str, seq_len: int = SEQ_LEN) ->
 
 def encode(job: Job) -> tuple[Tally, pa.Table]:
     """All rows through one task: what became of them, and the sequences in order."""
-    (chunk,) = read_chunks({"input": np.array([0])}, job, frozenset(), 1 << 20)
-    (told,) = encode_chunks(chunk, job)
+    (task,) = read_chunks([0], job, frozenset(), 1 << 20)
+    ((_, tally),) = encode_chunks(task, job)
     documents = bucket_documents(job, 0).sort_by([("doc", "ascending"), ("piece", "ascending")])
-    return Tally.from_json(told["tally"][0]), documents
+    return tally, documents
 
 
 @pytest.mark.parametrize("on_long_row", ["truncate", "drop"])
