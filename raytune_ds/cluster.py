@@ -14,6 +14,7 @@ import ray
 from ray._private.ray_logging import stdout_deduplicator
 from ray._private.utils import read_ray_address
 
+from raytune_ds import allocator
 from raytune_ds.config import ScalingConfig
 from raytune_ds.errors import UserError
 
@@ -93,7 +94,8 @@ def _how(debug: bool, dashboard: bool = False) -> dict[str, Any]:
     # Trials of a sweep bring actors that need no CPU, and Ray warns of more processes than CPUs.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
     # A Ray that starts here has jemalloc for its daemons; workers with it prepare data with a twentieth less time.
-    os.environ.setdefault("RAY_LD_PRELOAD_ON_WORKERS", "1")
+    if not any(name in os.environ for name in allocator.VARIABLES):
+        os.environ.setdefault("RAY_LD_PRELOAD_ON_WORKERS", "1")
     return {
         "include_dashboard": dashboard,
         "log_to_driver": debug,

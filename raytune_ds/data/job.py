@@ -24,7 +24,7 @@ class Job:
         seq_len, on_long_row, last_turn_only, thinking: of the config's data section.
         seed: of the shuffle and of what is held out.
         num_buckets: that rows are scattered over.
-        chunk_chars: text of the rows of a chunk, in characters: what one task encodes, and what a crash may cost.
+        chunk_chars: text of the rows of a chunk, in characters: what is encoded at once, and what a crash may cost.
         scratch: folder of what is only needed while the store is made.
         target: folder of the store.
     """

@@ -3,7 +3,7 @@
     files -> chunks of rows -> sequences, by bucket (scatter.py) -> each bucket looked through for doubles
     (duplicates.py), then sorted, mixed, packed and written (buckets.py)
 
-A task holds a chunk of rows or one bucket, both of bounded size, so memory does not grow with the data.
+A task holds a few chunks of rows or one bucket, both of bounded size, so memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -36,9 +36,7 @@ SHOWN_BAD_ROWS = 5
 _TASKS_A_CPU = 4
 _LARGEST_TASK = 4 << 20
 _LEAST_SHARE = 64 << 20
-# A reader is some twenty times as fast. Together with one an encoder takes a CPU: if it asked for a whole one, that
-# would leave the reader none.
-_ENCODERS_A_READER = 8
+_FILE = 256 << 10  # what opening a file costs, in bytes that are read meanwhile
 
 
 class _UnfitError(UserError):
@@ -78,9 +76,9 @@ def make(job: Job, config: Config, fingerprint: str) -> Manifest:
 def _run(job: Job, config: Config, fingerprint: str) -> tuple[Manifest, float]:
     tally = _scatter(job, fail=config.data.on_bad_row == "fail")
     thresholds = _eval_thresholds(job, config.data.eval.fraction, tally)
-    looking = _over_buckets(job, "looking for duplicates", find_doubles, thresholds=thresholds)
-    train, evaluation = _pack_buckets(job, thresholds, _quotas(job, thresholds), tally)
-    doubles = Doubles.of(looking)
+    with _over_buckets(job, "looking for duplicates", find_doubles, thresholds=thresholds) as looking:
+        train, evaluation = _pack_buckets(job, thresholds, _quotas(job, thresholds), tally)
+        doubles = Doubles.of(looking)
     if train.num_packs == 0:
         raise _UnfitError(_nothing_left(job, tally))
     if tally.num_rejected:
@@ -124,7 +122,7 @@ def _shares(job: Job) -> Iterator[list[int]]:
     share, size = list[int](), 0
     for number, item in enumerate(job.inputs):
         share.append(number)
-        size += item.text_bytes or _LEAST_SHARE  # of a stream nobody knows
+        size += item.text_bytes + _FILE
         if size >= _LEAST_SHARE:
             yield share
             share, size = [], 0
@@ -134,23 +132,13 @@ def _shares(job: Job) -> Iterator[list[int]]:
 
 def _scatter(job: Job, fail: bool) -> Tally:
     """Encodes all rows and scatters the sequences over the buckets."""
-    read = tasks.stream(
-        read_chunks,
-        _shares(job),
-        cpus=1 / _ENCODERS_A_READER,
-        at_once=-(-tasks.num_cpus() // _ENCODERS_A_READER),
-        job=job,
-        done=finished(job),
-        task_chars=_task_chars(job),
-    )
     total, names = Tally(), list[str]()
     started = time.monotonic()
     text_bytes = sum(item.text_bytes for item in job.inputs)
-    encoded = tasks.each(encode_chunks, read, cpus=1 - 1 / _ENCODERS_A_READER, job=job)
+    told_readers = {"job": job, "done": finished(job), "task_chars": _task_chars(job)}
     with (
         ProgressLine("preparing", text_bytes) as progress,
-        contextlib.closing(read),
-        contextlib.closing(encoded),
+        tasks.each_read(read_chunks, _shares(job), told_readers, encode_chunks, job=job) as encoded,
     ):
         for name, tally in chain.from_iterable(encoded):
             names.append(name)
@@ -179,17 +167,15 @@ def _eval_thresholds(job: Job, fraction: float, tally: Tally) -> tuple[int, ...]
     )
 
 
-def _over_buckets(job: Job, label: str, work: Callable[..., T], **told: Any) -> Iterator[T]:
-    """What `work` tells of each bucket, as the buckets are done. The first ones have begun when this returns."""
-    done = tasks.each(work, range(job.num_buckets), cpus=1, job=job, **told)
-    return _shown(done, label, job.num_buckets)
+@contextlib.contextmanager
+def _over_buckets(job: Job, label: str, work: Callable[..., T], **told: Any) -> Iterator[Iterator[T]]:
+    """What `work` tells of each bucket, as the buckets are done. The first of them are begun before it is asked for."""
+    with tasks.each(work, range(job.num_buckets), job=job, **told) as done:
+        yield done if job.num_buckets == 1 else _shown(done, label, job.num_buckets)
 
 
-def _shown(done: Generator[T, None, None], label: str, num_buckets: int) -> Iterator[T]:
-    if num_buckets == 1:
-        yield from done
-        return
-    with contextlib.closing(done), ProgressLine(label, num_buckets) as progress:
+def _shown(done: Iterator[T], label: str, num_buckets: int) -> Iterator[T]:
+    with ProgressLine(label, num_buckets) as progress:
         for number, told in enumerate(done, 1):
             yield told
             progress.update(number, f"bucket {number:,} of {num_buckets:,}")
@@ -200,7 +186,8 @@ def _quotas(job: Job, thresholds: tuple[int, ...]) -> dict[int, Quotas]:
     trained = [source for source in job.sources if not source.held_out]
     if not any(source.is_mixed for source in trained):
         return {}
-    buckets = sorted(_over_buckets(job, "counting", count_bucket, thresholds=thresholds))
+    with _over_buckets(job, "counting", count_bucket, thresholds=thresholds) as counted:
+        buckets = sorted(counted)
     counts = {source.index: [rows[source.index] for _, rows in buckets] for source in trained}
     if empty := [source.path for source in trained if not sum(counts[source.index])]:
         raise _UnfitError(
@@ -222,10 +209,9 @@ def _pack_buckets(
     Raises:
         RuntimeError: not all that was scattered has arrived.
     """
-    results = []
-    for result in _over_buckets(job, "packing", pack_bucket, thresholds=thresholds, quotas=shares):
-        results.append(result)
-        tally.peak_memory_mib = max(tally.peak_memory_mib, result["peak_memory_mib"])
+    with _over_buckets(job, "packing", pack_bucket, thresholds=thresholds, quotas=shares) as packed:
+        results = list(packed)
+    tally.peak_memory_mib = max(tally.peak_memory_mib, *(result["peak_memory_mib"] for result in results))
     if (arrived := sum(result["num_docs"] for result in results)) != tally.num_docs:
         raise RuntimeError(
             f"{arrived} of {tally.num_docs} documents arrived in {job.scratch}: does every node see the same storage?"

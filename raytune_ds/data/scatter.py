@@ -34,6 +34,7 @@ from raytune_ds.data.tokenizer import TokenizerSpec, load_tokenizer
 
 _MIB = 1 << 20
 _ROW_CHARS = 64  # what a row takes beside its text
+_DONE_AT_ONCE = 64  # chunks of which a task has only to read what became of their rows
 
 _ROW_SCHEMA = pa.schema(
     {
@@ -67,7 +68,7 @@ def read_chunks(
     for file in files:
         for name, rows, chars in _chunks_to_do(job, file, done):
             task.append(Chunk(file, name, _packed(rows)))
-            size += chars
+            size += chars or task_chars // _DONE_AT_ONCE
             if size >= task_chars:
                 yield task
                 task, size = [], 0
@@ -256,8 +257,8 @@ def _length_bin(length: int) -> str:
 def memory_mib() -> float:
     """The memory that this process holds for itself, in MiB.
 
-    At the end of a task that is its peak, because allocators give little back. The pages of the object store, which
-    is shared and bounded by itself, do not count; the kernel's own peak (ru_maxrss) would count them.
+    Asked for where a task holds most. The pages of the object store, which is shared and bounded by itself, do not
+    count; the kernel's own peak (ru_maxrss) would count them.
     """
     status = Path("/proc/self/status")
     if not status.exists():  # not Linux

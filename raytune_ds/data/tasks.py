@@ -6,18 +6,28 @@ fills the object store. So these are tasks of Ray itself, a few for each CPU at 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from itertools import chain, islice
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import ray
 
+from raytune_ds.errors import UserError
+
 T = TypeVar("T")
 
+# Tasks for each CPU: the one that runs, and the next ones.
 _AHEAD = 4
-"""Tasks for each CPU: the one that runs, and the next ones."""
 _YIELDED_AHEAD = 2
+_WORKERS_A_READER = 8
+# Less than a CPU and next to nothing, so that no number of readers, which wait for workers, leaves these no CPU.
+_WORKER_CPUS, _READER_CPUS = 0.95, 0.01
+# Little data are read within it, by a process that becomes a worker then: another one would import for longer.
+_HELD_BACK_S = 1.0
+# Ray 2.60 crashes where a task is cancelled in the moment in which it was begun.
+_SETTLED_S = 0.5
 _STOP_S = 10.0
 
 
@@ -26,71 +36,138 @@ def num_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def stream(
-    work: Callable[..., Iterator[Any]], shares: Iterable[Any], cpus: float, at_once: int, **told: Any
-) -> Generator[Any, None, None]:
-    """References to all that `work` yields of each of `shares`, one of each in turn, little before they are asked for.
+@contextlib.contextmanager
+def each(work: Callable[..., T], items: Iterable[Any], **told: Any) -> Iterator[Iterator[T]]:
+    """What `work` makes of each of `items`, as it is made, a task each; the first of them begin before it is asked for.
 
     Args:
-        work: a generator, which a task runs.
-        shares: what it gets, each in a task of its own.
-        cpus: that a task takes.
-        at_once: tasks at the same time.
-        told: to all of them.
-    """
-    task = _remote(work, cpus, num_returns="streaming", _generator_backpressure_num_objects=_YIELDED_AHEAD)
-    begun = _begun(task, shares, told)
-    running = deque(islice(begun, at_once))
-    try:
-        while running:
-            try:
-                yield next(running[0])
-                running.rotate(-1)
-            except StopIteration:
-                running.popleft()
-                running.extend(islice(begun, 1))
-    finally:
-        for generator in running:
-            ray.cancel(generator, force=True)
+        work: gets an item, and what all are told.
+        items: what there is to do.
+        told: to all tasks.
 
-
-def each(work: Callable[..., T], items: Iterable[Any], cpus: float, **told: Any) -> Generator[T, None, None]:
-    """What `work` makes of each of `items`, or of what they refer to, as it is made. The first tasks begin at once.
-
-    Args:
-        work: which a task runs.
-        items: what it gets, each in a task of its own.
-        cpus: that a task takes.
-        told: to all of them.
+    Raises:
+        UserError: of a task.
     """
     waiting = iter(items)
-    # Of little data these are all, and whatever they come from has left its process to the first of them.
-    first = list(islice(waiting, _AHEAD * num_cpus()))
-    begun = _begun(_remote(work, cpus), chain(first, waiting), told)
-    return _results(list(islice(begun, len(first))), begun)
+    with _Tasks(work, _WORKER_CPUS, told) as workers:
+
+        def begin() -> None:
+            for item in islice(waiting, workers.room()):
+                workers.begin(item)
+
+        def results() -> Iterator[T]:
+            while workers.running:
+                (done, *_), _ = ray.wait(workers.running)
+                yield workers.result(done)
+                begin()
+
+        begin()
+        yield results()
 
 
-def _results(running: list[Any], begun: Iterator[Any]) -> Generator[Any, None, None]:
-    try:
-        while running:
-            done, running = ray.wait(running)
-            yield ray.get(done[0])
-            # There may be more nodes by now. And not before that: Ray crashes where a task that it has just been given
-            # is taken back.
-            running += islice(begun, max(0, _AHEAD * num_cpus() - len(running)))
-    finally:
-        for one in running:
+@contextlib.contextmanager
+def each_read(
+    read: Callable[..., Iterator[Any]],
+    shares: Iterable[Any],
+    told_readers: dict[str, Any],
+    work: Callable[..., T],
+    **told: Any,
+) -> Iterator[Iterator[T]]:
+    """What `work` makes of each thing that `read` yields of `shares`, as it is made, a task each.
+
+    Args:
+        read: a generator, which gets a share, and what all readers are told; a task a share, few at a time.
+        shares: what there is to read.
+        told_readers: to all of them.
+        work: gets what was yielded, and what all are told.
+        told: to all tasks.
+
+    Raises:
+        UserError: of a task.
+    """
+    options = {"num_returns": "streaming", "_generator_backpressure_num_objects": _YIELDED_AHEAD}
+    with (
+        _Tasks(read, _READER_CPUS, told_readers, **options) as readers,
+        _Tasks(work, _WORKER_CPUS, told) as workers,
+    ):
+        yield _read_and_worked(readers, iter(shares), workers)
+
+
+def _read_and_worked(readers: _Tasks, shares: Iterator[Any], workers: _Tasks) -> Iterator[Any]:
+    held, held_until = list[Any](), time.monotonic() + _HELD_BACK_S
+    while True:
+        wanted = -(-num_cpus() // _WORKERS_A_READER)
+        for share in islice(shares, max(0, wanted - len(readers.running))):
+            readers.begin(share)
+        if not readers.running or not workers.room(held) or time.monotonic() > held_until:
+            for one in held:
+                workers.begin(one)
+            held, held_until = [], 0.0
+        asked = readers.running if workers.room(held) else []
+        if not workers.running and not asked and not held:
+            return
+        timeout = max(0.0, held_until - time.monotonic()) if held else None
+        ready, _ = ray.wait([*workers.running, *asked], timeout=timeout, fetch_local=False)
+        for one in ready:
+            if isinstance(one, ray.ObjectRefGenerator):
+                held += readers.yielded(one)
+            else:
+                yield workers.result(one)
+
+
+class _Tasks:
+    """Tasks of one kind that run; those that still do when it is left are stopped."""
+
+    def __init__(self, work: Callable[..., Any], cpus: float, told: dict[str, Any], **options: Any) -> None:
+        self._task = ray.remote(work).options(
+            num_cpus=cpus,
+            # It also keeps them out of a placement group that whoever asks for them may be in.
+            scheduling_strategy="SPREAD",
+            max_retries=-1,  # nodes may come and go all day
+            retry_exceptions=[ray.exceptions.RaySystemError],
+            **options,
+        )
+        self._told = {name: ray.put(value) for name, value in told.items()}
+        self._begun = 0.0
+        self.running: list[Any] = []
+
+    def __enter__(self) -> _Tasks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.running:
+            return
+        time.sleep(max(0.0, self._begun + _SETTLED_S - time.monotonic()))
+        for one in self.running:
             ray.cancel(one, force=True)
-        if running:
-            ray.wait(running, num_returns=len(running), timeout=_STOP_S)
+        ends = [one.completed() if isinstance(one, ray.ObjectRefGenerator) else one for one in self.running]
+        ray.wait(ends, num_returns=len(ends), timeout=_STOP_S)
 
+    def room(self, held: Sequence[Any] = ()) -> int:
+        """How many more may be begun, beside some that will be."""
+        return max(0, _AHEAD * num_cpus() - len(self.running) - len(held))
 
-def _begun(task: Any, items: Iterable[Any], told: dict[str, Any]) -> Iterator[Any]:
-    """The task of each of `items`, begun when it is asked for."""
-    shared = {name: ray.put(value) for name, value in told.items()}
-    return (task.remote(item, **shared) for item in items)
+    def begin(self, item: Any) -> None:
+        """Begins one."""
+        self.running.append(self._task.remote(item, **self._told))
+        self._begun = time.monotonic()
 
+    def result(self, done: Any) -> Any:
+        """What one made that has ended."""
+        self.running.remove(done)
+        try:
+            return ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
 
-def _remote(work: Callable[..., Any], cpus: float, **options: Any) -> Any:
-    # The strategy also keeps tasks out of a placement group that whoever asks for them may be in.
-    return ray.remote(work).options(num_cpus=cpus, scheduling_strategy="SPREAD", **options)
+    def yielded(self, generator: Any) -> list[Any]:
+        """A reference to the next thing that one yields, if there is one; else it has ended."""
+        self.running.remove(generator)
+        try:
+            found = [next(generator)]
+        except StopIteration:
+            return []
+        self.running.append(generator)  # the others first
+        return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -12,28 +11,34 @@ from pathlib import Path
 import pytest
 
 from raytune_ds.data import tasks
+from raytune_ds.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def numbers(share: int, upto: int) -> Iterator[list[int]]:
-    yield from ([share, number] for number in range(upto))
+def numbers(share: int, most: int) -> Iterator[list[int]]:
+    """As many as the number of the share."""
+    yield from ([share, number] for number in range(min(share, most)))
 
 
 def doubled(item: list[int]) -> list[int]:
     return [2 * number for number in item]
 
 
-def test_all_that_is_yielded_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By more tasks than there are at once, from shares of which one has nothing."""
-    monkeypatch.setattr(tasks, "_AHEAD", 1)
-    given = tasks.stream(numbers, range(5), cpus=0.1, at_once=2, upto=7)
-    done = tasks.each(doubled, given, cpus=0.5)
-    assert sorted(done) == [[2 * share, 2 * number] for share in range(5) for number in range(7)]
-    assert (
-        list(tasks.each(doubled, tasks.stream(numbers, range(2), cpus=0.1, at_once=2, upto=0), cpus=0.5))
-        == []
-    )
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_all_that_is_yielded_is_worked_on(monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    """By more tasks than there are at once, from shares of which some have much and one has nothing."""
+    monkeypatch.setattr(tasks, "_AHEAD", ahead)
+    monkeypatch.setattr(tasks, "_WORKERS_A_READER", 2)
+    with tasks.each_read(numbers, [30, 0, 1, 2, 7], {"most": 20}, doubled) as done:
+        assert sorted(done) == [[2 * share, 2 * n] for share in (1, 2, 7, 30) for n in range(min(share, 20))]
+
+
+def test_nothing_is_read_of_nothing() -> None:
+    with tasks.each_read(numbers, [0], {"most": 20}, doubled) as done:
+        assert list(done) == []
+    with tasks.each(doubled, []) as done:
+        assert list(done) == []
 
 
 def test_no_more_is_begun_than_may_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,10 +48,27 @@ def test_no_more_is_begun_than_may_wait(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / str(number)).touch()
         return number
 
-    done = tasks.each(touch, range(100), cpus=0.5)
-    taken = [next(done) for _ in range(10)]
-    done.close()
+    with tasks.each(touch, range(100)) as done:
+        taken = [next(done) for _ in range(10)]
     assert len(taken) <= len(list(tmp_path.iterdir())) < len(taken) + tasks._AHEAD
+
+
+def test_no_more_is_read_than_may_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "num_cpus", lambda: 1)
+
+    def read(share: int) -> Iterator[int]:
+        for number in range(100):
+            (tmp_path / str(number)).touch()
+            yield number
+
+    def work(number: int) -> int:
+        return number
+
+    with tasks.each_read(read, [0], {}, work) as done:
+        taken = [next(done) for _ in range(10)]
+        # What waits to be worked on, to be asked for, and the next, which is made already.
+        most = len(taken) + tasks._AHEAD + tasks._YIELDED_AHEAD + 1
+        assert len(taken) <= len(list(tmp_path.iterdir())) <= most
 
 
 def test_an_error_of_a_task_is_told_and_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,31 +81,40 @@ def test_an_error_of_a_task_is_told_and_ends_the_others(monkeypatch: pytest.Monk
         return number
 
     began = time.monotonic()
-    with (
-        contextlib.closing(tasks.each(work, range(8), cpus=0.5)) as done,
-        pytest.raises(ValueError, match="fourth"),
-    ):
+    with pytest.raises(ValueError, match="fourth"), tasks.each(work, range(8)) as done:
         list(done)
     assert time.monotonic() - began < 30
 
 
-def test_what_a_reader_can_not_read_is_told() -> None:
+def test_a_mistake_that_a_reader_finds_is_told_as_it_is() -> None:
     def read(share: int) -> Iterator[list[int]]:
         yield [share]
-        raise OSError("the disk is gone")
+        raise UserError("there is no such data set")
 
-    with pytest.raises(OSError, match="the disk is gone"):
-        list(tasks.each(doubled, tasks.stream(read, [1], cpus=0.1, at_once=1), cpus=0.5))
+    with pytest.raises(UserError) as caught, tasks.each_read(read, [1], {}, doubled) as done:
+        list(done)
+    assert str(caught.value) == "there is no such data set"
 
 
-def test_the_work_of_a_process_that_died_is_done_again(tmp_path: Path) -> None:
-    def work(item: list[int]) -> list[int]:
-        place = tmp_path / "died"
-        if item == [0, 2] and not place.exists():
+def test_what_a_process_was_at_that_died_is_done_again(tmp_path: Path) -> None:
+    """Of those that work, and of those that read: what they yielded before is not read twice."""
+
+    def die_once(place: Path) -> None:
+        if not place.exists():
             place.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return item
 
-    given = tasks.stream(numbers, [0], cpus=0.1, at_once=1, upto=4)
-    assert sorted(tasks.each(work, given, cpus=0.5)) == [[0, number] for number in range(4)]
-    assert (tmp_path / "died").exists()
+    def read(share: int) -> Iterator[int]:
+        for number in range(6):
+            if number == 3:
+                die_once(tmp_path / "reader")
+            yield number
+
+    def work(number: int) -> int:
+        if number == 2:
+            die_once(tmp_path / "worker")
+        return number
+
+    with tasks.each_read(read, [0], {}, work) as done:
+        assert sorted(done) == [0, 1, 2, 3, 4, 5]
+    assert {path.name for path in tmp_path.iterdir()} == {"reader", "worker"}

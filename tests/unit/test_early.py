@@ -141,10 +141,12 @@ def test_all_that_a_worker_needs_is_imported() -> None:
 
 @pytest.fixture
 def collector() -> Iterator[None]:
-    """Is afterwards as it was."""
-    is_on = gc.isenabled()
-    yield
+    """Has frozen nothing; afterwards it is as it was, or has frozen more."""
+    is_on, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.unfreeze()
+    yield
+    if not frozen:
+        gc.unfreeze()
     gc.enable() if is_on else gc.disable()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from raytune_ds.config import DataConfig
-from raytune_ds.data.chunks import bucket_documents
+from raytune_ds.data import scatter
+from raytune_ds.data.chunks import bucket_documents, finished
 from raytune_ds.data.formats import Example
 from raytune_ds.data.inputs import Inputs
 from raytune_ds.data.job import Job, Tally
@@ -91,3 +93,19 @@ def test_what_became_of_reasoning_is_tallied(tmp_path: Path, tiny_models: dict[s
     total.add(tally)
     total.add(tally)
     assert total.turns == {KEPT: 2, NONE: 4}
+
+
+def test_chunks_that_are_done_are_many_to_a_task_and_not_all(
+    tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What became of their rows is read again, and takes its time as well."""
+    monkeypatch.setattr(scatter, "_DONE_AT_ONCE", 4)
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": f"text {number}"} for number in range(10)])
+    job = replace(job_of(data, tiny_models["qwen2"], "drop"), chunk_chars=1)
+    (task,) = read_chunks([0], job, frozenset(), 1 << 20)
+    assert len(task) == 10
+    tallies = dict(encode_chunks(task, job))
+    again = list(read_chunks([0], job, finished(job), 1 << 20))
+    assert [len(of_task) for of_task in again] == [4, 4, 2]
+    assert not any(chunk.rows for of_task in again for chunk in of_task)
+    assert {name: tally for of_task in again for name, tally in encode_chunks(of_task, job)} == tallies
