@@ -25,7 +25,7 @@ _WORKERS_A_READER = 8
 # Less than a CPU and next to nothing, so that no number of readers, which wait for workers, leaves these no CPU.
 _WORKER_CPUS, _READER_CPUS = 0.95, 0.01
 # Little data are read within it, by a process that becomes a worker then: another one would import for longer.
-_HELD_BACK_S = 1.0
+_HELD_BACK_S = 1.5
 # Ray 2.60 crashes where a task is cancelled in the moment in which it was begun.
 _SETTLED_S = 0.5
 _STOP_S = 10.0
@@ -94,20 +94,23 @@ def each_read(
 
 
 def _read_and_worked(readers: _Tasks, shares: Iterator[Any], workers: _Tasks) -> Iterator[Any]:
-    held, held_until = list[Any](), time.monotonic() + _HELD_BACK_S
+    held, held_until = list[Any](), None
     while True:
         wanted = -(-num_cpus() // _WORKERS_A_READER)
         for share in islice(shares, max(0, wanted - len(readers.running))):
             readers.begin(share)
-        if not readers.running or not workers.room(held) or time.monotonic() > held_until:
+        if held and held_until is None:
+            held_until = time.monotonic() + _HELD_BACK_S
+        left = (held_until or 0.0) - time.monotonic()
+        if not readers.running or not workers.room(held) or left <= 0:
             for one in held:
                 workers.begin(one)
-            held, held_until = [], 0.0
+            held = []
         asked = readers.running if workers.room(held) else []
-        if not workers.running and not asked and not held:
+        if not workers.running and not asked:
             return
-        timeout = max(0.0, held_until - time.monotonic()) if held else None
-        ready, _ = ray.wait([*workers.running, *asked], timeout=timeout, fetch_local=False)
+        waiting = [*workers.running, *asked]
+        ready, _ = ray.wait(waiting, timeout=left if held else None, fetch_local=False)
         for one in ready:
             if isinstance(one, ray.ObjectRefGenerator):
                 held += readers.yielded(one)
