@@ -24,7 +24,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     data/sketch, inspection, sightings what a text has in common with others; what is odd about a row; how often
     data/job, chunks, fit, scatter     what tasks are told and tell; rows to sequences that fit, scattered over buckets
     data/duplicates, gate, buckets     rows that come twice; whether a run may begin; sequences to packs
-    data/tasks, making (R), prepare    tasks for all CPUs; what does it all, once; a store, found or made
+    data/tasks (R), making, prepare    tasks for all CPUs; what does it all, once; a store, found or made
     data/share, batch, stream (R)      what a rank reads of a global batch, as `Batch`es, read ahead
     data/show, sample, spelled, page   a store as a person sees it: in the terminal; a bounded look at its packs; tokens
                                        one by one; a page of all that
