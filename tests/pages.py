@@ -10,8 +10,8 @@ import pyarrow as pa
 from hypothesis import strategies as st
 
 from raytune_ds.data.labels import Label
-from raytune_ds.data.store import Manifest, Part, Split, Store, doc_id, pack_documents, write_table
-from tests.stores import DOCUMENTS
+from raytune_ds.data.store import Manifest, Part, Split, Store, doc_id, pack_documents
+from tests.stores import DOCUMENTS, write_table
 
 SEQ_LEN = 64
 EVIL = (

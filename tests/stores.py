@@ -10,11 +10,16 @@ import numpy as np
 import pyarrow as pa
 
 from raytune_ds.data.labels import Label
-from raytune_ds.data.store import ROW_GROUP, Manifest, Split, Store, doc_id, pack_documents, write_table
+from raytune_ds.data.store import ROW_GROUP, Manifest, Split, Store, doc_id, pack_documents, write_tables
 
 DOCUMENTS = pa.schema(
     {"ids": pa.list_(pa.int32()), "weights": pa.list_(pa.float32()), "doc": pa.int64(), "label": pa.int8()}
 )
+
+
+def write_table(table: pa.Table, path: str) -> None:
+    """A table as one shard of a store."""
+    write_tables([table], path, table.schema)
 
 
 def store_of(folder: Path, num_packs: int, files: Sequence[str] = ("/rows.jsonl",), **changes: Any) -> Store:

@@ -260,11 +260,6 @@ def in_one(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def write_table(table: pa.Table, path: str) -> None:
-    """A table as one Parquet file of small row groups."""
-    write_tables([table], path, table.schema)
-
-
 def write_tables(tables: Iterable[pa.Table], path: str, schema: pa.Schema) -> None:
     """Tables of any length, one after the other, as one Parquet file whose row groups are all whole but the last."""
     filesystem, inner = open_filesystem(path)

@@ -37,8 +37,7 @@ QUIET = {
 }
 ALTERNATIONS = 3
 ROWS = {"alpaca": 30_000, "glaive": 15_000, "demo": 50_000}
-# Enough that there is still something to read while rows are encoded, as with ten times as many.
-MEMORY_ROWS = {"alpaca": 60_000, "glaive": 16_000, "demo": 300_000}
+MEMORY_ROWS = {"alpaca": 10_000, "glaive": 2_000, "demo": 20_000}
 SEQ_LEN = 2048
 SEQ_LENS = (2048, 8192)
 TIMES_LARGER = 10

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from raytune_ds.data import tasks
@@ -71,19 +72,21 @@ def test_no_more_is_read_than_may_wait(tmp_path: Path, monkeypatch: pytest.Monke
         assert len(taken) <= len(list(tmp_path.iterdir())) <= most
 
 
-def test_an_error_of_a_task_is_told_and_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "_STOP_S", 60)
+def test_an_error_of_a_task_is_told_and_ends_the_others(tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        if number == 0:
+            while not any(tmp_path.iterdir()):
+                threading.Event().wait(0.02)
+            raise ValueError("the first is bad")
+        (tmp_path / str(os.getpid())).touch()
+        threading.Event().wait()
 
-    def work(number: int) -> int:
-        if number == 3:
-            raise ValueError("the fourth is bad")
-        time.sleep(60 if number > 3 else 0)
-        return number
-
-    began = time.monotonic()
-    with pytest.raises(ValueError, match="fourth"), tasks.each(work, range(8)) as done:
+    with pytest.raises(ValueError, match="the first is bad"), tasks.each(work, range(4)) as done:
         list(done)
-    assert time.monotonic() - began < 30
+    ended = [int(path.name) for path in tmp_path.iterdir()]
+    assert ended
+    processes = [psutil.Process(pid) for pid in ended if psutil.pid_exists(pid)]
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
 
 
 def test_a_mistake_that_a_reader_finds_is_told_as_it_is() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
 from ray._private.ray_logging import stdout_deduplicator
 from ray._private.worker import print_to_stdstream
 
-from raytune_ds import cluster
+from raytune_ds import allocator, cluster
 from raytune_ds.cluster import Scale, plan_scale
 from raytune_ds.compose import compose
 from raytune_ds.config import ScalingConfig
@@ -98,3 +99,16 @@ def test_of_deaths_the_run_tells_and_not_ray(
     shown = capsys.readouterr().out
     assert "set up us the bomb" in shown
     assert not [text for text in ("worker died", "Raylet is terminated", "marked dead") if text in shown]
+
+
+@pytest.mark.parametrize("chosen", [None, *allocator.VARIABLES])
+def test_workers_of_an_embedded_ray_keep_its_allocator_unless_another_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    for name in (*allocator.VARIABLES, "RAY_LD_PRELOAD_ON_WORKERS"):
+        monkeypatch.delenv(name, raising=False)
+    if chosen:
+        monkeypatch.setenv(chosen, "theirs")
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # the others stay as they are
+    cluster._how(debug=True)
+    assert os.environ.get("RAY_LD_PRELOAD_ON_WORKERS") == (None if chosen else "1")

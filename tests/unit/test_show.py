@@ -11,10 +11,10 @@ import pytest
 
 from raytune_ds.data.labels import Label
 from raytune_ds.data.show import TEXT_ENDS, show
-from raytune_ds.data.store import Manifest, Split, Store, doc_id, pack_documents, write_table
+from raytune_ds.data.store import Manifest, Split, Store, doc_id, pack_documents
 from raytune_ds.data.thinking import KEPT, NONE
 from raytune_ds.data.tokenizer import TokenizerSpec
-from tests.stores import DOCUMENTS
+from tests.stores import DOCUMENTS, write_table
 
 SEQ_LEN = 400
 

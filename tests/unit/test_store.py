@@ -27,10 +27,9 @@ from raytune_ds.data.store import (
     file_and_row,
     pack_documents,
     read_table,
-    write_table,
     write_tables,
 )
-from tests.stores import DOCUMENTS
+from tests.stores import DOCUMENTS, write_table
 
 Packs = list[dict[str, list[int]]]
 

@@ -258,7 +258,8 @@ def test_a_store_that_has_changed_is_found(made: Made, num_packs: int) -> None:
 def test_two_rows_of_the_store_that_changed_places_are_found(made: Made) -> None:
     import pyarrow as pa
 
-    from raytune_ds.data.store import read_table, write_table
+    from raytune_ds.data.store import read_table
+    from tests.stores import write_table
 
     shard = Path(made.store.path) / made.store.manifest.train.shards[0][0]
     table = read_table(str(shard))
