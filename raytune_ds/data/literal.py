@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from raytune_ds.data.bulk import BulkTokenizer
 from raytune_ds.data.formats import Example, Message
 
 # Noncharacters, which Unicode keeps out of all text. The second one breaks a token apart, so that nothing finds it.
@@ -32,7 +33,6 @@ _PROBES = (
     [{"role": "system", "content": "s"}, *_ASKED, {"role": "assistant", "content": "a"}],
     [*_ASKED, {"role": "assistant", "content": "a"}, {"role": "tool", "content": "t"}],
 )
-_TRIED = ("a", " a b", "\n\na", "", "好 😀 e\u0301", "3.14159 <think>")
 _FORGED = str.maketrans(dict.fromkeys((_BEGIN, _WITHIN, _END), "\ufffd"))
 
 
@@ -63,10 +63,10 @@ class Literals:
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered texts, what is marked as text."""
         pieces = [_MARKED.split(text) for text in texts]  # text, first and rest of a mark, text ...
-        unmarked = iter(self._ids([piece for of_text in pieces for piece in of_text[::3]]))
+        unmarked = iter(self._bulk.ids([piece for of_text in pieces for piece in of_text[::3]]))
         found = []
         for of_text in pieces:
-            ids = list(next(unmarked))
+            ids = next(unmarked)
             for first, rest in zip(of_text[1::3], of_text[2::3], strict=True):
                 ids += [*self._plain_ids(first + rest), *next(unmarked)]
             found.append(ids)
@@ -74,13 +74,11 @@ class Literals:
 
     def document_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of raw texts, with what the tokenizer puts around them by itself."""
-        return self._ids(texts, add_special_tokens=True)
+        return self._bulk.ids(texts, add_special_tokens=True)
 
     def text(self, ids: list[int]) -> str:
         """What token ids say, control tokens included."""
-        if self._backend is not None:
-            return str(self._backend.decode(ids, skip_special_tokens=False))
-        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        return self._bulk.text(ids)
 
     def token_id(self, token: str) -> int:
         """The id of an added token."""
@@ -95,32 +93,9 @@ class Literals:
         pattern = self._in_answers if message["role"] == "assistant" else self._in_prompts
         return {key: value if key == "role" else _map(value, pattern) for key, value in message.items()}
 
-    def _ids(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
-        if self._backend is None:
-            return [
-                list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
-                for text in texts
-            ]
-        found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        return [encoding.ids for encoding in found]
-
     @cached_property
-    def _backend(self) -> Tokenizer | None:
-        """What a fast tokenizer is made around, which takes many texts at once, if it makes the same of them alone."""
-        if not self._tokenizer.is_fast:
-            return None
-        nothing = {"padding": None, "truncation": None}
-        backend = Tokenizer.from_str(json.dumps({**self._parts, **nothing}))
-        texts = [*self._probes, *_TRIED]
-        for add in (False, True):
-            alone = [self._tokenizer(t, add_special_tokens=add, verbose=False)["input_ids"] for t in texts]
-            if alone != [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=add)]:
-                return None
-        return backend
-
-    @cached_property
-    def _parts(self) -> dict[str, Any]:
-        return dict(json.loads(self._tokenizer.backend_tokenizer.to_str()))  # type: ignore[attr-defined]
+    def _bulk(self) -> BulkTokenizer:
+        return BulkTokenizer(self._tokenizer, self._probes)
 
     def _plain_ids(self, text: str) -> list[int]:
         if not self._tokenizer.is_fast:
@@ -137,7 +112,7 @@ class Literals:
     def _plain(self) -> Tokenizer:
         """The tokenizer without its added tokens."""
         nothing = {"post_processor": None, "padding": None, "truncation": None}
-        return Tokenizer.from_str(json.dumps({**self._parts, **nothing, "added_tokens": []}))
+        return Tokenizer.from_str(json.dumps({**self._bulk.parts, **nothing, "added_tokens": []}))
 
     @cached_property
     def _in_prompts(self) -> re.Pattern[str]:
