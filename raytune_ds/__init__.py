@@ -19,6 +19,7 @@ The map of the house. A module imports only what stands above it; `tests/unit/te
     data/tokenizer, mixture, inputs    tokenizers; how many rows of which source; which files a run reads
     data/bulk, literal, thinking, chat ids of many texts at once; text that must not become a control token; the
                                        reasoning of an answer; the chat template as servers use it
+    data/plainanswers                  how a template writes an answer that is only text
     data/turntokens, template          ids of rendered turns; `Example` to ids and loss weights
     data/batchid, rows, prepared       a batch's fingerprint; the rows it was made of; what tells stores apart
     data/sketch, inspection, sightings what a text has in common with others; what is odd about a row; how often

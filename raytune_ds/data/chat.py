@@ -68,16 +68,11 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError) as error:
             raise RowError(f"the chat template refuses it: {error}") from error
 
-    def up_to_end(self, rendered: str) -> tuple[str, str]:
-        """A rendered answer up to its end token, and that token; the tokenizer's EOS where the template puts none.
-
-        Behind the end token templates put separators, which belong to the next turn's context.
-        """
-        ends = list(self._special_token.finditer(rendered))
-        if ends and not rendered[ends[-1].end() :].strip():
-            return rendered[: ends[-1].end()], ends[-1].group()
-        end = self._tokenizer.eos_token or ""
-        return rendered + end, end
+    def said(self, prompt: str, finished: str) -> tuple[str, str]:
+        """What a finished conversation has behind `prompt`, nothing if it does not begin so, and its end token."""
+        behind = finished[len(prompt) :] if finished.startswith(prompt) else ""
+        rendered, end = self._up_to_end(behind or finished)
+        return rendered if behind else "", end
 
     @cached_property
     def has_switch(self) -> bool:
@@ -87,6 +82,17 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError):
             return False
         return on != off
+
+    def _up_to_end(self, rendered: str) -> tuple[str, str]:
+        """A rendered answer up to its end token, and that token; the tokenizer's EOS where the template puts none.
+
+        Behind the end token templates put separators, which belong to the next turn's context.
+        """
+        ends = list(self._special_token.finditer(rendered))
+        if ends and not rendered[ends[-1].end() :].strip():
+            return rendered[: ends[-1].end()], ends[-1].group()
+        end = self._tokenizer.eos_token or ""
+        return rendered + end, end
 
     @cached_property
     def _wants_json(self) -> bool:

@@ -27,6 +27,7 @@ from raytune_ds.data.chat import ChatTemplate
 from raytune_ds.data.formats import Example, Message, RowError
 from raytune_ds.data.labels import Label
 from raytune_ds.data.literal import Literals, has_literals
+from raytune_ds.data.plainanswers import PlainAnswers
 from raytune_ds.data.thinking import (
     BARRED,
     CLOSE,
@@ -80,7 +81,7 @@ class Encoder:
         """
         self.tokenizer, self.thinking, self._last_turn_only = tokenizer, thinking, last_turn_only
         self.literals, self._template = Literals(tokenizer), ChatTemplate(tokenizer)
-        self._tokens = TurnTokens(self.literals)
+        self._plain, self._tokens = PlainAnswers(self._template), TurnTokens(self.literals)
         self.turns: Counter[str] = Counter()
         """Answers of the conversations encoded so far, by what became of their reasoning (`thinking`)."""
 
@@ -219,8 +220,12 @@ class Encoder:
             RowError: it calls a tool, and the template does not render that.
         """
         opened, bare = opener(prompt.text), part(message).bare
+        if not opened and not reasoning:
+            plain = self._plain.written(prompt.messages, message, prompt.tools, prompt.switch)
+            if plain is not None:
+                return plain
         finished = self._finished(prompt, message)
-        rendered, end = self._said(prompt.text, finished)
+        rendered, end = self._template.said(prompt.text, finished)
         if _holds(rendered, bare, reasoning, opened):
             return rendered
         if not opened and not reasoning:
@@ -228,7 +233,7 @@ class Encoder:
         # What the template makes of the answer alone, behind all of the prompt but the `<think>` it ends with.
         if bare is not message:
             finished = self._finished(prompt, bare)
-        rendered, end = self._said(prompt.text.removesuffix(opened), finished)
+        rendered, end = self._template.said(prompt.text.removesuffix(opened), finished)
         alone = (text for text in (without_tags(rendered), rendered) if _holds(text, bare))
         return written(reasoning, opened) + (next(alone, None) or _plain(bare) + end).lstrip()
 
@@ -236,12 +241,6 @@ class Encoder:
         return self._template.render(
             [*prompt.messages, message], prompt.tools, generate=False, thinking=prompt.switch
         )
-
-    def _said(self, prompt: str, finished: str) -> tuple[str, str]:
-        """What a finished conversation has behind `prompt`, nothing if it does not begin so, and its end token."""
-        behind = finished[len(prompt) :] if finished.startswith(prompt) else ""
-        rendered, end = self._template.up_to_end(behind or finished)
-        return rendered if behind else "", end
 
 
 class _Prompt(NamedTuple):

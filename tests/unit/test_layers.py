@@ -25,9 +25,9 @@ ROOMS = """
     lease demo.data data.values data.conversation data.demonstrations data.preferences data.formats
     data.sources data.readers_lines data.readers_json data.readers data.order data.labels data.packing
     data.batchid data.findings data.store data.share data.tokenizer data.mixture data.inputs data.rows data.prepared
-    data.bulk data.literal data.thinking data.chat data.turntokens data.template data.sketch data.inspection
-    data.sightings data.job data.chunks data.fit data.scatter data.duplicates data.gate data.buckets data.batch
-    data.stream data.tasks data.making data.prepare data.show data.sample data.spelled data.page
+    data.bulk data.literal data.thinking data.chat data.plainanswers data.turntokens data.template data.sketch
+    data.inspection data.sightings data.job data.chunks data.fit data.scatter data.duplicates data.gate data.buckets
+    data.batch data.stream data.tasks data.making data.prepare data.show data.sample data.spelled data.page
     allocator phases world rundir watch downtime stacks profilepage profiling
     model.folder model.tiny model.attention model.kernels model.crossentropy model.packed model.weights model.lowbits
     model.quantize

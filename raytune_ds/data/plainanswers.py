@@ -1,0 +1,96 @@
+"""How a chat template writes an answer that is only text: found once for each shape of a conversation.
+
+Most answers are, and to render the finished conversation of each only shows again what a template puts before and
+behind them. It may depend on who has spoken before, as Qwen3's does, but not on the words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from raytune_ds.data.chat import ChatTemplate
+from raytune_ds.data.formats import Message, RowError
+from raytune_ds.data.thinking import CLOSE, OPEN
+
+_SHAPES = 4096
+_WORD = "x"
+_ANSWERS = ("The answer, 42", "1. *More*\n\nthan one line: é 好")
+_CALL = {"type": "function", "function": {"name": _WORD, "arguments": {_WORD: _WORD}}}
+_TOOL = {
+    "type": "function",
+    "function": {"name": _WORD, "description": _WORD, "parameters": {"type": "object", "properties": {}}},
+}
+
+
+class _Spoken(NamedTuple):
+    """A message without its words."""
+
+    role: str
+    says: bool
+    num_calls: int
+    others: tuple[str, ...]
+
+    @staticmethod
+    def of(message: Message) -> _Spoken:
+        calls = message.get("tool_calls") or ()
+        others = tuple(key for key in message if key not in ("role", "content", "tool_calls"))
+        return _Spoken(message["role"], bool(message["content"].strip()), len(calls), others)
+
+    def with_words(self) -> Message:
+        message: Message = {"role": self.role, "content": _WORD * self.says}
+        if self.num_calls:
+            message["tool_calls"] = [_CALL] * self.num_calls
+        return message | dict.fromkeys(self.others, _WORD)
+
+
+class PlainAnswers:
+    """What one chat template puts around them."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        """`template` renders."""
+        self._template = template
+        self._around = lru_cache(maxsize=_SHAPES)(self._found_around)
+
+    def written(
+        self,
+        before: Sequence[Message],
+        answer: Message,
+        tools: Sequence[dict[str, Any]],
+        thinking: bool | None,
+    ) -> str | None:
+        """An answer with its end token, as it follows the prompt of the messages before it.
+
+        None where it is more than text, or the template does something else with it than to put something around it.
+        """
+        content = answer["content"]
+        if (
+            len(answer) > 2
+            or not content
+            or content != content.strip()
+            or OPEN in content
+            or CLOSE in content
+        ):
+            return None
+        around = self._around(tuple(map(_Spoken.of, before)), bool(tools), thinking)
+        return None if around is None else around[0] + content + around[1]
+
+    def _found_around(
+        self, before: tuple[_Spoken, ...], has_tools: bool, thinking: bool | None
+    ) -> tuple[str, str] | None:
+        messages, tools = [spoken.with_words() for spoken in before], [_TOOL] * has_tools
+        found = set()
+        for content in _ANSWERS:
+            finished = [*messages, {"role": "assistant", "content": content}]
+            try:
+                prompt = self._template.render(messages, tools, generate=True, thinking=thinking)
+                whole = self._template.render(finished, tools, generate=False, thinking=thinking)
+            except RowError:
+                return None
+            rendered, _ = self._template.said(prompt, whole)
+            ahead, _, behind = rendered.partition(content)
+            if rendered.count(content) != 1:
+                return None
+            found.add((ahead, behind))
+        return found.pop() if len(found) == 1 else None

@@ -1,0 +1,112 @@
+"""An answer of which only the shape was looked at is what the template makes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raytune_ds.data.formats import Example, RowError
+from raytune_ds.data.plainanswers import PlainAnswers
+from raytune_ds.data.template import Encoder
+from tests.families import FAMILIES, Message, Tokenizers
+from tests.unit.test_template import call, contents, said, tokenizers
+
+__all__ = ["tokenizers"]
+light = settings(max_examples=60, deadline=None)
+
+TOOLS = ({"type": "function", "function": {"name": "find", "description": "d", "parameters": {}}},)
+spoken = contents | st.sampled_from(
+    [" outer spaces\n", "<think>\nwhy\n</think>\n\nso", "</think>", "a<think>b"]
+)
+steps = st.sampled_from([[], [call(), {"role": "tool", "content": "found"}]])
+
+
+@st.composite
+def examples(draw: st.DrawFn) -> Example:
+    """With a system prompt or none, reasoning or none, calls or none."""
+    messages: list[Message] = []
+    if draw(st.booleans()):
+        messages.append({"role": "system", "content": draw(contents | st.just(""))})
+    for asked, between, answered in draw(
+        st.lists(st.tuples(contents, steps, spoken), min_size=1, max_size=3)
+    ):
+        messages += [{"role": "user", "content": asked}, *between, {"role": "assistant", "content": answered}]
+        if draw(st.integers(0, 4)) == 0:
+            messages[-1]["reasoning_content"] = "because"
+    return Example(tuple(messages), TOOLS if draw(st.booleans()) else ())
+
+
+class _Never(PlainAnswers):
+    def written(self, *_: Any) -> None:
+        return None
+
+
+def encoded(encoder: Encoder, example: Example) -> Any:
+    try:
+        return encoder.encode(example)
+    except RowError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("thinking", ["keep", "drop", "auto"])
+@pytest.mark.parametrize("family", FAMILIES)
+@light
+@given(data=st.data())
+def test_it_is_what_is_rendered(
+    tokenizers: Tokenizers, family: str, thinking: Any, data: st.DataObject
+) -> None:
+    shapes, rendering = (Encoder(tokenizers[family], thinking=thinking) for _ in range(2))
+    rendering._plain = _Never(rendering._template)
+    for example in data.draw(st.lists(examples(), min_size=1, max_size=3)):
+        assert encoded(shapes, example) == encoded(rendering, example)
+    assert shapes.turns == rendering.turns
+
+
+def renderings(encoder: Encoder, messages: list[Message], monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What is rendered for an example, of each whether it is a prompt."""
+    prompts, render = list[bool](), encoder._template.render
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            encoder._template,
+            "render",
+            lambda *a, generate, **k: prompts.append(generate) or render(*a, generate, **k),
+        )
+        encoder.encode(Example(tuple(messages)))
+    return prompts
+
+
+def test_a_shape_is_looked_at_once(tokenizers: Tokenizers, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(tokenizers["qwen3"])
+    first = renderings(encoder, said("a", "b", "c", "d"), monkeypatch)
+    assert first.count(False) == 2 * 2  # two turns, two answers tried
+    assert renderings(encoder, said("e", "f", "g", "h"), monkeypatch) == [True, True]
+    assert False in renderings(encoder, said("e", "f", "g", "h", "i", "j"), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "{{ m.content | upper }}",
+        "{{ m.content }}{{ m.content }}",
+        "{{ m.content.split('\n')[0] }}",
+        "{{ m.content | length }}{{ m.content }}",
+        "{{ raise_exception('no') if 'than' in m.content else m.content }}",
+    ],
+)
+def test_a_template_that_looks_at_the_words_is_asked_each_time(
+    tokenizers: Tokenizers, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    tokenizer = tokenizers["closed"]
+    monkeypatch.setattr(
+        tokenizer,
+        "chat_template",
+        "{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}{% else %}"
+        + answer
+        + "{{ eos_token }}{% endif %}{% endfor %}",
+    )
+    encoder = Encoder(tokenizer)
+    for number in range(2):
+        assert False in renderings(encoder, said("a", f"b {number}"), monkeypatch)
