@@ -21,7 +21,9 @@ TOOLS = ({"type": "function", "function": {"name": "find", "description": "d", "
 spoken = contents | st.sampled_from(
     [" outer spaces\n", "<think>\nwhy\n</think>\n\nso", "</think>", "a<think>b"]
 )
-steps = st.sampled_from([[], [call(), {"role": "tool", "content": "found"}]])
+steps = st.sampled_from(
+    [[], *([call(talk), {"role": "tool", "content": "found"}] for talk in ("", "I look."))]
+)
 
 
 @st.composite
