@@ -5,8 +5,7 @@ Marks of the same value lie in the same bucket (chunks), so each bucket is looke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,52 +13,70 @@ import pyarrow as pa
 
 from raytune_ds.data.chunks import bucket_marks, give_back
 from raytune_ds.data.job import Job
-from raytune_ds.data.sightings import SHOWN
-from raytune_ds.data.sketch import ALIKE, likeness
-from raytune_ds.data.store import FILE_SHIFT
+from raytune_ds.data.sketch import ALIKE, MINIMA, likeness
+from raytune_ds.data.store import FILE_SHIFT, in_one
 
 KINDS = ("duplicates", "leaked", "near-duplicates", "nearly-leaked")
+_AT_ONCE = 1 << 14  # sketches that are compared
 
 
-@dataclass
 class Doubles:
     """Rows that are like another one.
 
     Attributes:
-        found: by kind, the row's id to the other's, the first of them.
         trained, held_out: all rows.
     """
 
-    found: dict[str, dict[int, int]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
-    trained: int = 0
-    held_out: int = 0
+    def __init__(self) -> None:
+        """None so far."""
+        self.trained = self.held_out = 0
+        self._found = {kind: _Pairs() for kind in KINDS}
 
     @staticmethod
     def of(buckets: Iterable[dict[str, Any]]) -> Doubles:
         """From what `find_doubles` tells of all buckets; a row that is like several is counted once."""
         doubles = Doubles()
         for bucket in buckets:
-            doubles._add(bucket)
-        doubles._settle()
+            doubles.trained += bucket["trained"]
+            doubles.held_out += bucket["held_out"]
+            for kind, pairs in bucket["pairs"].items():
+                doubles._found[kind].add(pairs)
         return doubles
 
-    def _add(self, bucket: dict[str, Any]) -> None:
-        self.trained += bucket["trained"]
-        self.held_out += bucket["held_out"]
-        for kind, rows in bucket["pairs"].items():
-            known = self.found[kind]
-            for doc, other in rows.tolist():
-                known[doc] = min(other, known.get(doc, other))
+    def found(self, kind: str) -> np.ndarray:
+        """Ids of rows, each with that of the first row that it is like, of one of KINDS: int64 [n, 2], in order."""
+        pairs = self._found[kind].each_once()
+        exact = {"near-duplicates": "duplicates", "nearly-leaked": "leaked"}.get(kind)
+        return pairs if exact is None else pairs[~np.isin(pairs[:, 0], self._found[exact].each_once()[:, 0])]
 
-    def _settle(self) -> None:
-        """Leaves out of near duplicates what is a duplicate."""
-        for near, exact in (("near-duplicates", "duplicates"), ("nearly-leaked", "leaked")):
-            for doc in self.found[near].keys() & self.found[exact].keys():
-                del self.found[near][doc]
 
-    def shown(self, kind: str) -> list[tuple[int, int]]:
-        """The first few of a kind."""
-        return sorted(self.found[kind].items())[:SHOWN]
+class _Pairs:
+    """Pairs of ids, of which there may be several for a row until somebody asks."""
+
+    def __init__(self) -> None:
+        self._known = np.empty((0, 2), np.int64)
+        self._new: list[np.ndarray] = []
+        self._num_new = 0
+
+    def add(self, pairs: np.ndarray) -> None:
+        self._new.append(pairs)
+        self._num_new += len(pairs)
+        if self._num_new > len(self._known):
+            self.each_once()
+
+    def each_once(self) -> np.ndarray:
+        """Each row with the first of its others."""
+        if self._new:
+            self._known = _each_once(np.concatenate([self._known, *self._new]))
+            self._new, self._num_new = [], 0
+        return self._known
+
+
+def _each_once(pairs: np.ndarray) -> np.ndarray:
+    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    first = np.ones(len(pairs), bool)
+    first[1:] = pairs[1:, 0] != pairs[:-1, 0]
+    return pairs[first]
 
 
 def find_doubles(bucket: int, job: Job, thresholds: tuple[int, ...]) -> dict[str, Any]:
@@ -80,20 +97,19 @@ def _found_in(marks: pa.Table, order: np.ndarray, job: Job, thresholds: tuple[in
         marks.column(name).to_numpy()[order] for name in ("doc", "mark", "exact", "eval_key")
     )
     held_out = eval_keys <= _thresholds_of(docs, job, thresholds)
-    pairs: dict[str, list[tuple[int, int]]] = {kind: [] for kind in KINDS}
-    for start, end in _groups(values, exact):
-        alike = np.ones(end - start, bool)
-        if not exact[start]:
-            sketches = marks.column("sketch").take(pa.array(order[start:end])).to_pylist()
-            table = np.frombuffer(b"".join(sketches), np.uint8).reshape(end - start, -1)
-            # Against the first that is trained on, or the first at all.
-            lead = int(np.argmin(held_out[start:end]))
-            alike = likeness(table, table[lead]) >= ALIKE
-        _note(pairs, docs[start:end][alike], held_out[start:end][alike], bool(exact[start]))
+    places, leads = _stretches(values, exact, held_out)
+    alike = exact[places]
+    for near in np.array_split(np.flatnonzero(~alike), 1 + len(alike) // _AT_ONCE):
+        here, there = (_sketches(marks, order[which[near]]) for which in (places, leads))
+        alike[near] = likeness(here, there) >= ALIKE
+    others = alike & ~held_out[leads] & (docs[places] != docs[leads])
+    places, leads = places[others], leads[others]
+    kinds = 2 * ~exact[places] + held_out[places]
+    pairs = np.stack([docs[places], docs[leads]], axis=1)
     return {
         "trained": int((exact & ~held_out).sum()),
         "held_out": int((exact & held_out).sum()),
-        "pairs": {kind: np.array(found, np.int64).reshape(-1, 2) for kind, found in pairs.items()},
+        "pairs": {kind: _each_once(pairs[kinds == number]) for number, kind in enumerate(KINDS)},
     }
 
 
@@ -101,24 +117,23 @@ def _thresholds_of(docs: np.ndarray, job: Job, thresholds: tuple[int, ...]) -> n
     return np.array(thresholds, np.uint64)[np.array(job.source_of_file)[docs >> FILE_SHIFT]]
 
 
-def _groups(values: np.ndarray, exact: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Where stretches of several equal marks begin and end."""
-    if len(values) == 0:
-        return
-    changes = np.flatnonzero((values[1:] != values[:-1]) | (exact[1:] != exact[:-1])) + 1
-    for start, end in zip([0, *changes.tolist()], [*changes.tolist(), len(values)], strict=True):
-        if end - start > 1:
-            yield start, end
+def _sketches(marks: pa.Table, rows: np.ndarray) -> np.ndarray:
+    """Of rows of marks: uint8 [n, MINIMA]."""
+    taken = in_one(marks.column("sketch").take(pa.array(rows)))
+    return np.frombuffer(b"".join(taken.to_pylist()), np.uint8).reshape(len(rows), MINIMA)
 
 
-def _note(
-    pairs: dict[str, list[tuple[int, int]]], docs: np.ndarray, held_out: np.ndarray, exact: bool
-) -> None:
-    """Pairs of one stretch, whose rows are in order: each row with the first one that is trained on."""
-    trained = np.unique(docs[~held_out])
-    if len(trained) == 0:
-        return
-    first = int(trained[0])
-    within, across = ("duplicates", "leaked") if exact else ("near-duplicates", "nearly-leaked")
-    pairs[within] += [(int(doc), first) for doc in trained[1:]]
-    pairs[across] += [(int(doc), first) for doc in np.unique(docs[held_out])]
+def _stretches(values: np.ndarray, exact: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The places of marks that equal others, and for each the place of the one that its stretch is held against.
+
+    That is the first of the stretch that is trained on, or the first at all.
+    """
+    numbers = np.arange(len(values))
+    begins = np.ones(len(values), bool)
+    begins[1:] = (values[1:] != values[:-1]) | (exact[1:] != exact[:-1])
+    starts = np.flatnonzero(begins)
+    trained = np.where(held_out, len(values), numbers)
+    leads = np.minimum.reduceat(trained, starts) if len(starts) else starts
+    leads = np.where(leads < len(values), leads, starts)
+    sizes = np.diff(starts, append=len(values))
+    return numbers[np.repeat(sizes > 1, sizes)], np.repeat(leads[sizes > 1], sizes[sizes > 1])

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from raytune_ds.console import warn
+from raytune_ds.data.duplicates import KINDS as DOUBLES
 from raytune_ds.data.duplicates import Doubles
 from raytune_ds.data.findings import KINDS, Finding, in_order, of_lengths, of_writing
 from raytune_ds.data.job import Tally
+from raytune_ds.data.sightings import SHOWN
 from raytune_ds.data.store import Store, file_and_row
 from raytune_ds.errors import UserError
 
@@ -72,10 +74,8 @@ def _scripts(by_kind: Mapping[str, T]) -> dict[str, T]:
 
 
 def _of_doubles(doubles: Doubles) -> Iterator[Finding]:
-    for kind, rows in doubles.found.items():
-        if rows:
+    for kind in DOUBLES:
+        if len(pairs := doubles.found(kind)):
             of = doubles.held_out if "leaked" in kind else doubles.trained
-            shown = doubles.shown(kind)
-            yield Finding(
-                kind, len(rows), of, tuple(doc for doc, _ in shown), tuple(other for _, other in shown)
-            )
+            rows, others = pairs[:SHOWN].T.tolist()
+            yield Finding(kind, len(pairs), of, tuple(rows), tuple(others))

@@ -123,14 +123,14 @@ class Marks:
         return Marks(exact, near, (minima & np.uint32(0xFF)).astype(np.uint8))
 
 
-def likeness(sketches: np.ndarray, sketch: np.ndarray) -> np.ndarray:
-    """About the share of shingles that texts have in common with one; bytes of minima are equal by chance in 1 of 256.
+def likeness(sketches: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """About the share of shingles that texts have in common; bytes of minima are equal by chance in 1 of 256.
 
     Args:
         sketches: uint8, shape [n, MINIMA].
-        sketch: uint8, shape [MINIMA].
+        others: of the texts that they are held against, of the same shape.
     """
-    return np.asarray((sketches == sketch).mean(axis=1))
+    return np.asarray((sketches == others).mean(axis=1))
 
 
 def _grouped(texts: Sequence[str]) -> Iterator[list[str]]:
