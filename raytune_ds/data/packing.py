@@ -25,7 +25,8 @@ def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
         return []
     if int(lengths.max()) > capacity:
         raise ValueError(f"a document of {int(lengths.max())} tokens does not fit a pack of {capacity}")
-    leaves = 1 << (len(lengths) - 1).bit_length()
+    most = 2 * int(lengths.sum()) // capacity + 1  # of any two packs one is more than half full
+    leaves = 1 << (min(len(lengths), most) - 1).bit_length()
     room = [capacity] * (2 * leaves)
     packs: list[list[int]] = []
     for index in np.argsort(-lengths, kind="stable").tolist():
@@ -40,5 +41,9 @@ def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
         room[node] -= length
         while node > 1:
             node //= 2
-            room[node] = max(room[2 * node], room[2 * node + 1])
+            left, right = room[2 * node], room[2 * node + 1]
+            most_room = left if left > right else right
+            if room[node] == most_room:  # as before, and so is all above
+                break
+            room[node] = most_room
     return packs
