@@ -24,7 +24,8 @@ _YIELDED_AHEAD = 2
 _WORKERS_A_READER = 8
 # Less than a CPU and next to nothing, so that no number of readers, which wait for workers, leaves these no CPU.
 _WORKER_CPUS, _READER_CPUS = 0.95, 0.01
-# Little data are read within it, by a process that becomes a worker then: another one would import for longer.
+# Little data are read within it, by a process that becomes a worker then: another one would import for longer. Until
+# then no more begin than there are CPUs beside the readers.
 _HELD_BACK_S = 1.5
 # Ray 2.60 crashes where a task is cancelled in the moment in which it was begun.
 _SETTLED_S = 0.5
@@ -102,10 +103,12 @@ def _read_and_worked(readers: _Tasks, shares: Iterator[Any], workers: _Tasks) ->
         if held and held_until is None:
             held_until = time.monotonic() + _HELD_BACK_S
         left = (held_until or 0.0) - time.monotonic()
-        if not readers.running or not workers.room(held) or left <= 0:
-            for one in held:
-                workers.begin(one)
-            held = []
+        waits = readers.running and workers.room(held) and left > 0
+        spare = num_cpus() - len(readers.running) - len(workers.running)
+        begun = max(0, spare) if waits else len(held)
+        for one in held[:begun]:
+            workers.begin(one)
+        held = held[begun:]
         asked = readers.running if workers.room(held) else []
         if not workers.running and not asked:
             return

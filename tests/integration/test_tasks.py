@@ -72,6 +72,35 @@ def test_no_more_is_read_than_may_wait(tmp_path: Path, monkeypatch: pytest.Monke
         assert len(taken) <= len(list(tmp_path.iterdir())) <= most
 
 
+def test_little_is_worked_on_beside_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By as many as there are CPUs beside it: it is a worker soon, and another process would begin for longer."""
+    monkeypatch.setattr(tasks, "num_cpus", lambda: 2)
+    monkeypatch.setattr(tasks, "_HELD_BACK_S", 1e6)
+    running, begin = list[int](), tasks._Tasks.begin
+
+    def noted(kind: tasks._Tasks, item: object) -> None:
+        begin(kind, item)
+        if not isinstance(item, int):
+            running.append(len(kind.running))
+
+    monkeypatch.setattr(tasks._Tasks, "begin", noted)
+    all_done = tmp_path / "all-done"
+    os.mkfifo(all_done)
+
+    def read(share: int) -> Iterator[str]:
+        yield from (name for name in ("first", "second", "last"))  # Ray sends to what is yielded from
+        all_done.read_text()
+
+    def work(name: str) -> str:
+        if name == "last":
+            all_done.write_text("now")
+        return name
+
+    with tasks.each_read(read, [0], {}, work) as done:
+        assert sorted(done) == ["first", "last", "second"]
+    assert running == [1, 1, 1]
+
+
 def test_an_error_of_a_task_is_told_and_ends_the_others(tmp_path: Path) -> None:
     def work(number: int) -> None:
         if number == 0:

@@ -24,7 +24,9 @@ def marks_of(chance: np.random.Generator, num_docs: int) -> pa.Table:
     rows = []
     for doc in chance.permutation(num_docs).tolist():
         eval_key = int(chance.integers(THRESHOLD - 33, THRESHOLD + 67))
-        sketch = np.where(chance.random(MINIMA) < chance.choice([0.8, 0.95]), 0, chance.integers(0, 256, MINIMA)).astype(np.uint8)
+        sketch = np.where(
+            chance.random(MINIMA) < chance.choice([0.8, 0.95]), 0, chance.integers(0, 256, MINIMA)
+        ).astype(np.uint8)
         for band in range(-1, BANDS):
             value = int(chance.integers(8 if band >= 0 else 150)) + 1000 * abs(band)
             rows.append(
