@@ -62,11 +62,22 @@ class ChatTemplate:
         Raises:
             RowError: the template refuses it (roles that do not alternate, a role it does not know ...).
         """
-        formed = [_with_json(m) if m.get("tool_calls") and self._wants_json else m for m in messages]
-        try:
-            return self._applied(formed, tools, generate, thinking)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise RowError(f"the chat template refuses it: {error}") from error
+        return self._applied([self._formed(messages)], tools, generate, thinking)[0]
+
+    def prompts(
+        self,
+        messages: Sequence[Message],
+        positions: Sequence[int],
+        tools: Sequence[dict[str, Any]],
+        thinking: bool | None = None,
+    ) -> list[str]:
+        """What is seen before each of some messages is said, rendered together; `thinking` as above.
+
+        Raises:
+            RowError: the template refuses one of them.
+        """
+        formed = self._formed(messages)
+        return self._applied([formed[:position] for position in positions], tools, True, thinking)
 
     def said(self, prompt: str, finished: str) -> tuple[str, str]:
         """What a finished conversation has behind `prompt`, nothing if it does not begin so, and its end token."""
@@ -78,8 +89,8 @@ class ChatTemplate:
     def has_switch(self) -> bool:
         """Whether a prompt with thinking differs from one without."""
         try:
-            on, off = (self._applied([_ASKED], (), True, thinking) for thinking in (True, False))
-        except (TemplateError, TypeError, ValueError):
+            on, off = (self._applied([[_ASKED]], (), True, thinking) for thinking in (True, False))
+        except RowError:
             return False
         return on != off
 
@@ -101,20 +112,32 @@ class ChatTemplate:
 
     def _shows(self, call: Message) -> bool:
         try:
-            text = self._applied([_ASKED, call], (), False, None)
-        except (TemplateError, TypeError, ValueError):
+            (text,) = self._applied([[_ASKED, call]], (), False, None)
+        except RowError:
             return False
         return all(name in text for name in ("called", *_ARGUMENTS)) and str(_ARGUMENTS) not in text
 
+    def _formed(self, messages: Sequence[Message]) -> list[Message]:
+        return [_with_json(m) if m.get("tool_calls") and self._wants_json else m for m in messages]
+
     def _applied(
-        self, messages: list[Message], tools: Sequence[dict[str, Any]], generate: bool, thinking: bool | None
-    ) -> str:
+        self,
+        conversations: list[list[Message]],
+        tools: Sequence[dict[str, Any]],
+        generate: bool,
+        thinking: bool | None,
+    ) -> list[str]:
         switch: dict[str, Any] = {} if thinking is None else dict.fromkeys(_SWITCHES, thinking)
-        return str(
-            self._tokenizer.apply_chat_template(
-                messages, tools=list(tools) or None, add_generation_prompt=generate, tokenize=False, **switch
+        try:
+            return self._tokenizer.apply_chat_template(  # type: ignore[return-value]  # as nothing is tokenized
+                conversations,
+                tools=list(tools) or None,
+                add_generation_prompt=generate,
+                tokenize=False,
+                **switch,
             )
-        )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RowError(f"the chat template refuses it: {error}") from error
 
     @cached_property
     def _special_token(self) -> re.Pattern[str]:

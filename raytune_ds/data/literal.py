@@ -33,7 +33,7 @@ _PROBES = (
     [{"role": "system", "content": "s"}, *_ASKED, {"role": "assistant", "content": "a"}],
     [*_ASKED, {"role": "assistant", "content": "a"}, {"role": "tool", "content": "t"}],
 )
-_FORGED = str.maketrans(dict.fromkeys((_BEGIN, _WITHIN, _END), "\ufffd"))
+_FORGED = re.compile(f"[{_BEGIN}{_WITHIN}{_END}]")
 
 
 def has_literals(text: str) -> bool:
@@ -158,7 +158,7 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 def _map(value: Any, pattern: re.Pattern[str]) -> Any:
     """`value` with marks around what `pattern` matches in any string within it."""
     if isinstance(value, str):
-        return pattern.sub(_marked, value.translate(_FORGED))
+        return pattern.sub(_marked, value if value.isascii() else _FORGED.sub("\ufffd", value))
     if isinstance(value, dict):
         return {_map(key, pattern): _map(member, pattern) for key, member in value.items()}
     return [_map(item, pattern) for item in value] if isinstance(value, list) else value

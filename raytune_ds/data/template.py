@@ -178,22 +178,32 @@ class Encoder:
         messages = list(example.messages)
         if self.thinking == "drop":
             messages = [part(m).bare if m["role"] == "assistant" else m for m in messages]
-        for position in self._trained(example):
-            yield self._turn(messages[:position], example.messages[position], example.tools, thinks)
+        positions = self._trained(example)
+        modes = {position: self._is_thinking(example.messages[position], thinks) for position in positions}
+        prompts = self._prompts(messages, example.tools, modes)
+        for position in positions:
+            yield self._turn(prompts[position], example.messages[position], modes[position])
 
-    def _turn(
-        self,
-        before: list[Message],
-        message: Message,
-        tools: Sequence[dict[str, Any]],
-        thinks: bool | None,
-    ) -> RenderedTurn:
+    def _is_thinking(self, message: Message, thinks: bool | None) -> bool:
+        if self.thinking != "auto":
+            return self.thinking == "keep"
+        return bool(part(message).reasoning) if thinks is None else thinks
+
+    def _prompts(
+        self, messages: list[Message], tools: Sequence[dict[str, Any]], modes: Mapping[int, bool]
+    ) -> dict[int, _Prompt]:
+        """By position, what is seen before that message is said in thinking mode, or in the other one."""
+        prompts = {}
+        for thinking in set(modes.values()):
+            positions = [position for position, mode in modes.items() if mode == thinking]
+            switch = None if self.thinking == "auto" and not self._template.has_switch else thinking
+            texts = self._template.prompts(messages, positions, tools, switch)
+            for position, text in zip(positions, texts, strict=True):
+                prompts[position] = _Prompt(messages[:position], tools, switch, text)
+        return prompts
+
+    def _turn(self, prompt: _Prompt, message: Message, thinking: bool) -> RenderedTurn:
         reasoning, bare = part(message)
-        if self.thinking == "auto":
-            thinking = bool(reasoning) if thinks is None else thinks
-        else:
-            thinking = self.thinking == "keep"
-        prompt = self._prompt(before, tools, thinking)
         barred = has_closed(prompt.text) and not (reasoning and self.thinking == "keep")
         left_out = barred or self.thinking == "drop"
         if left_out and bare is not message:
@@ -207,11 +217,6 @@ class Encoder:
             fate = ENDED if begins_empty(answer) else NONE
         modes = {True: " in thinking mode", False: " in non-thinking mode"}
         return RenderedTurn(prompt.text, answer, fate + modes[thinking] * self._template.has_switch)
-
-    def _prompt(self, messages: list[Message], tools: Sequence[dict[str, Any]], thinking: bool) -> _Prompt:
-        switch = None if self.thinking == "auto" and not self._template.has_switch else thinking
-        text = self._template.render(messages, tools, generate=True, thinking=switch)
-        return _Prompt(messages, tools, switch, text)
 
     def _answer(self, prompt: _Prompt, message: Message, reasoning: str) -> str:
         """The supervised text of a turn: as the template renders it if it keeps it whole, else written here.

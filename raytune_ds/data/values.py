@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 # lists and objects in one another; what renders them needs a few frames of Python's stack for each
@@ -94,31 +94,30 @@ def unpacked(value: Any, what: str) -> Any:
         raise RowError(f"{what} is not valid JSON: {error}") from None
 
 
-def check_unicode(value: Any, what: str) -> None:
+def check_unicode(value: Any, what: str, levels: int = _DEEPEST) -> None:
     """Whether every string in `value`, at any depth, can be encoded.
 
     Raises:
-        RowError: one can't.
+        RowError: one can't, or `value` has more than so many levels.
     """
-    for text in _strings(value):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RowError(
-                f"{what} is not valid Unicode: lone surrogate U+{ord(text[error.start]):04X} at character"
-                f" {error.start + 1}"
-            ) from None
-
-
-def _strings(value: Any, levels: int = _DEEPEST) -> Iterator[str]:
     if levels < 0:
         raise RowError(f"its values are nested too deeply: more than {_DEEPEST} levels")
     if isinstance(value, str):
-        yield value
+        _check_text(value, what)
     elif isinstance(value, dict):
         for key, member in value.items():
-            yield from _strings(key)
-            yield from _strings(member, levels - 1)
+            check_unicode(key, what)
+            check_unicode(member, what, levels - 1)
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(item, levels - 1)
+            check_unicode(item, what, levels - 1)
+
+
+def _check_text(text: str, what: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        surrogate = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
+        raise RowError(f"{what} is not valid Unicode: lone surrogate {surrogate}") from None
