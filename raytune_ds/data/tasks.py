@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -24,9 +25,6 @@ _YIELDED_AHEAD = 2
 _WORKERS_A_READER = 8
 # Less than a CPU and next to nothing, so that no number of readers, which wait for workers, leaves these no CPU.
 _WORKER_CPUS, _READER_CPUS = 0.95, 0.01
-# Little data are read within it, by a process that becomes a worker then: another one would import for longer. Until
-# then no more begin than there are CPUs beside the readers.
-_HELD_BACK_S = 1.5
 # Ray 2.60 crashes where a task is cancelled in the moment in which it was begun.
 _SETTLED_S = 0.5
 _STOP_S = 10.0
@@ -76,6 +74,8 @@ def each_read(
 ) -> Iterator[Iterator[T]]:
     """What `work` makes of each thing that `read` yields of `shares`, as it is made, a task each.
 
+    Where there are few CPUs the process that asks reads, or there would be another one for it.
+
     Args:
         read: a generator, which gets a share, and what all readers are told; a task a share, few at a time.
         shares: what there is to read.
@@ -91,34 +91,44 @@ def each_read(
         _Tasks(read, _READER_CPUS, told_readers, **options) as readers,
         _Tasks(work, _WORKER_CPUS, told) as workers,
     ):
-        yield _read_and_worked(readers, iter(shares), workers)
+        yield _read_and_worked(partial(read, **told_readers), readers, iter(shares), workers)
 
 
-def _read_and_worked(readers: _Tasks, shares: Iterator[Any], workers: _Tasks) -> Iterator[Any]:
-    held, held_until = list[Any](), None
+def _read_and_worked(
+    read: Callable[[Any], Iterator[Any]], readers: _Tasks, shares: Iterator[Any], workers: _Tasks
+) -> Iterator[Any]:
+    """The results of workers; `read` reads a share here."""
+    here: Iterator[Any] | None = None
     while True:
         wanted = -(-num_cpus() // _WORKERS_A_READER)
-        for share in islice(shares, max(0, wanted - len(readers.running))):
-            readers.begin(share)
-        if held and held_until is None:
-            held_until = time.monotonic() + _HELD_BACK_S
-        left = (held_until or 0.0) - time.monotonic()
-        waits = readers.running and workers.room(held) and left > 0
-        spare = num_cpus() - len(readers.running) - len(workers.running)
-        begun = max(0, spare) if waits else len(held)
-        for one in held[:begun]:
-            workers.begin(one)
-        held = held[begun:]
-        asked = readers.running if workers.room(held) else []
-        if not workers.running and not asked:
+        if wanted > 1:
+            for share in islice(shares, max(0, wanted - len(readers.running))):
+                readers.begin(share)
+        elif here is None and not readers.running:
+            here = next((read(share) for share in shares), None)
+        if here is not None and workers.room() and not _begun(workers, here):
+            here = None  # the next share
+            continue
+        has_room = workers.room() > 0
+        waiting = [*workers.running, *(readers.running if has_room else ())]
+        if not waiting:
             return
-        waiting = [*workers.running, *asked]
-        ready, _ = ray.wait(waiting, timeout=left if held else None, fetch_local=False)
+        # Where there is more to read here, what is ready is taken meanwhile.
+        most, timeout_s = (len(waiting), 0) if here is not None and has_room else (1, None)
+        ready, _ = ray.wait(waiting, num_returns=most, timeout=timeout_s, fetch_local=False)
         for one in ready:
             if isinstance(one, ray.ObjectRefGenerator):
-                held += readers.yielded(one)
+                _begun(workers, readers.yielded(one))
             else:
                 yield workers.result(one)
+
+
+def _begun(workers: _Tasks, items: Iterator[Any]) -> bool:
+    """Begins the next of the items, if there is one."""
+    for item in islice(items, 1):
+        workers.begin(item)
+        return True
+    return False
 
 
 class _Tasks:
@@ -149,9 +159,9 @@ class _Tasks:
         ends = [one.completed() if isinstance(one, ray.ObjectRefGenerator) else one for one in self.running]
         ray.wait(ends, num_returns=len(ends), timeout=_STOP_S)
 
-    def room(self, held: Sequence[Any] = ()) -> int:
-        """How many more may be begun, beside some that will be."""
-        return max(0, _AHEAD * num_cpus() - len(self.running) - len(held))
+    def room(self) -> int:
+        """How many more may be begun."""
+        return max(0, _AHEAD * num_cpus() - len(self.running))
 
     def begin(self, item: Any) -> None:
         """Begins one."""
@@ -168,12 +178,9 @@ class _Tasks:
                 raise error.cause from None
             raise
 
-    def yielded(self, generator: Any) -> list[Any]:
+    def yielded(self, generator: Any) -> Iterator[Any]:
         """A reference to the next thing that one yields, if there is one; else it has ended."""
         self.running.remove(generator)
-        try:
-            found = [next(generator)]
-        except StopIteration:
-            return []
-        self.running.append(generator)  # the others first
-        return found
+        for found in islice(generator, 1):
+            self.running.append(generator)  # the others first
+            yield found
