@@ -295,9 +295,9 @@ class DataConfig(Section):
         "split, never truncated.",
     )
     prepare_memory_mib: Count = Field(
-        default=16,
+        default=8,
         description="Mebibytes of source text that one task of the preparation holds at a time; documents are "
-        "packed together within that much, and the task takes about ten times as much memory. 16 leaves small "
+        "packed together within that much, and the task takes about six times as much memory. 8 leaves small "
         "machines room and fills packs well; hundreds make the preparation of a terabyte faster.",
     )
     chat_template: Text | None = Field(

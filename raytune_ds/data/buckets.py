@@ -32,7 +32,7 @@ from raytune_ds.data.store import (
 Quotas = Mapping[int, int]
 """By source, the rows that a bucket gives of it; sources that are not there give all of theirs, once."""
 # Packs that are in memory beside the documents that they are made of.
-_AT_ONCE = 8 * ROW_GROUP
+_AT_ONCE = 2 * ROW_GROUP
 
 
 def count_bucket(bucket: int, job: Job, thresholds: tuple[int, ...]) -> tuple[int, list[int]]:
@@ -104,14 +104,32 @@ def _write_packs(documents: pa.Table, rows: np.ndarray, job: Job, name: str) -> 
     """Writes rows of documents as packs, whole row groups to the store and the rest aside, a few packs at a time."""
     packs = _pack(documents, rows, job) if len(rows) else []
     whole = len(packs) // ROW_GROUP * ROW_GROUP
+    parts = np.zeros((len(job.sources), 3), np.int64)
+
+    def write(some: Sequence[Sequence[int]], path: str) -> None:
+        write_tables(_counted(_tables(documents, some), parts, job), path, PACK_SCHEMA)
+
     if whole:
-        write_tables(_tables(documents, packs[:whole]), f"{job.target}/{name}", PACK_SCHEMA)
-    write_tables(_tables(documents, packs[whole:]), f"{job.scratch}/rest-{name}", PACK_SCHEMA)
-    return {"whole": whole, "rest": len(packs) - whole, "parts": _parts(documents, rows, job)}
+        write(packs[:whole], f"{job.target}/{name}")
+    write(packs[whole:], f"{job.scratch}/rest-{name}")
+    return {"whole": whole, "rest": len(packs) - whole, "parts": parts.tolist()}
 
 
 def _tables(documents: pa.Table, packs: Sequence[Sequence[int]]) -> Iterator[pa.Table]:
     return (pack_documents(packs[at : at + _AT_ONCE], documents) for at in range(0, len(packs), _AT_ONCE))
+
+
+def _counted(tables: Iterator[pa.Table], parts: np.ndarray, job: Job) -> Iterator[pa.Table]:
+    """Tables of packs; adds to `parts` what each source has in them: documents, tokens, supervised targets."""
+    for packs in tables:
+        lengths, docs, weights = (
+            in_one(packs.column(name)).flatten().to_numpy() for name in ("lengths", "docs", "weights")
+        )
+        supervised = np.add.reduceat(weights != 0, np.cumsum(lengths) - lengths, dtype=np.int64)
+        sources = np.array(job.source_of_file)[docs >> FILE_SHIFT]
+        for place, count in enumerate((None, lengths, supervised)):
+            parts[:, place] += np.bincount(sources, count, len(job.sources)).astype(np.int64)
+        yield packs
 
 
 def _pack(documents: pa.Table, rows: np.ndarray, job: Job) -> list[list[int]]:
@@ -128,18 +146,6 @@ def _pack_units(documents: pa.Table, rows: np.ndarray, capacity: int) -> list[li
     packs = first_fit_decreasing(np.add.reduceat(lengths, bounds[:-1]), capacity)
     of_unit = [rows[start:end].tolist() for start, end in pairwise(bounds.tolist())]
     return [[row for unit in pack for row in of_unit[unit]] for pack in packs]
-
-
-def _parts(documents: pa.Table, rows: np.ndarray, job: Job) -> list[list[int]]:
-    """What each source has in rows of documents: documents, tokens, supervised targets."""
-    weights = in_one(documents.column("weights"))
-    starts, is_target = weights.offsets.to_numpy(), weights.values.to_numpy() != 0
-    is_target[starts[:-1]] = False  # the first token of a document
-    supervised = np.add.reduceat(is_target, starts[:-1], dtype=np.int64)
-    sources = _sources_of(documents, job)[rows]
-    counts = (None, (np.diff(starts) - 1)[rows], supervised[rows])
-    columns = (np.bincount(sources, count, len(job.sources)) for count in counts)
-    return np.stack(list(columns), axis=1).astype(int).tolist()
 
 
 def finish_split(job: Job, split: str, results: Sequence[dict[str, Any]]) -> Split:

@@ -125,8 +125,16 @@ def _gathered(
     job: Job, folder: str, bucket: int, schema: pa.Schema, columns: Sequence[str] | None
 ) -> pa.Table:
     wanted = pa.schema([field for field in schema if columns is None or field.name in columns])
-    batches = list(_batches(f"{job.scratch}/{folder}", bucket, wanted.names))
-    return pa.Table.from_batches(batches, wanted).combine_chunks()
+    parts: list[list[pa.Array]] = [[] for _ in wanted]
+    for batch in _batches(f"{job.scratch}/{folder}", bucket, wanted.names):
+        for column, part in zip(parts, batch.columns, strict=True):
+            column.append(part)
+    # Column by column, so that only one is there twice.
+    return pa.table([_in_one(parts.pop(0), field.type) for field in wanted], schema=wanted)
+
+
+def _in_one(parts: list[pa.Array], type: pa.DataType) -> pa.Array:
+    return pa.concat_arrays(parts) if parts else pa.array([], type)
 
 
 def _batches(folder: str, bucket: int, columns: list[str]) -> Iterator[pa.RecordBatch]:

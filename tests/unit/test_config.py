@@ -65,7 +65,7 @@ DEFAULTS = {
         "thinking": "auto",
         "on_bad_row": "fail",
         "on_long_row": "truncate",
-        "prepare_memory_mib": 16,
+        "prepare_memory_mib": 8,
         "chat_template": None,
     },
     "train": {
