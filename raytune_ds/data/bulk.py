@@ -7,6 +7,7 @@ make the same of texts that are tried first, and fastokens of some of every batc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -17,12 +18,15 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 _Ids = list[list[int]]
+_Way = Callable[[Sequence[str], bool], _Ids]
 
 _TRIED = ("a", " a b", "\n\na", "", "好 😀 e\u0301", "3.14159 <think>", "don't  I'LL\t\r\n x\u00a0\u3000é١٢٣")
 # Characters for each entry of the vocabulary: what tokenizers takes for them, fastokens takes to begin with.
 _WORTH_IT = 80
-# A batch of fewer texts is nobody's bulk; of more, each of so many is made by both.
-_COMPARED = 64
+# Characters of a batch that is large enough for it.
+_LARGE = 1 << 16
+# Both make the beginnings, of so many characters, of one text in so many.
+_COMPARED, _COMPARED_CHARS = 64, 2000
 
 
 class BulkTokenizer:
@@ -35,11 +39,12 @@ class BulkTokenizer:
 
     def ids(self, texts: Sequence[str], add_special_tokens: bool = False) -> _Ids:
         """Token ids of texts; with `add_special_tokens` what the tokenizer puts around a text by itself."""
-        if self._backend is None:
-            return self._one_by_one(texts, add_special_tokens)
-        self._seen += sum(map(len, texts))
-        by_backend = partial(_by_backend, self._backend, add_special_tokens=add_special_tokens)
-        return self._fast_ids(texts, add_special_tokens, by_backend) or by_backend(texts)
+        if self._is_worth_it(texts) and self._fast is not None:
+            some = [text[:_COMPARED_CHARS] for text in texts[::_COMPARED]]
+            with contextlib.suppress(ValueError):  # its regular expressions have so much memory and no more
+                if self._fast(some, add_special_tokens) == self._usual(some, add_special_tokens):
+                    return self._fast(texts, add_special_tokens)
+        return self._usual(texts, add_special_tokens)
 
     def text(self, ids: list[int]) -> str:
         """What token ids say, control tokens included."""
@@ -52,24 +57,20 @@ class BulkTokenizer:
         """The tokenizer.json of a fast one."""
         return dict(json.loads(self._tokenizer.backend_tokenizer.to_str()))  # type: ignore[attr-defined]
 
+    def _is_worth_it(self, texts: Sequence[str]) -> bool:
+        size = sum(map(len, texts))
+        self._seen += size
+        return size >= _LARGE and self._seen >= _WORTH_IT * len(self._tokenizer)
+
     def _one_by_one(self, texts: Sequence[str], add_special_tokens: bool) -> _Ids:
         return [
             list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
             for text in texts
         ]
 
-    def _fast_ids(
-        self, texts: Sequence[str], add_special_tokens: bool, by_backend: Callable[[Sequence[str]], _Ids]
-    ) -> _Ids | None:
-        """None where it is not worth it, or not the same."""
-        if len(texts) < _COMPARED or self._seen < _WORTH_IT * len(self._tokenizer) or self._fast is None:
-            return None
-        try:
-            found = _by_fast(self._fast, texts, add_special_tokens)
-        except ValueError:  # more of its regular expressions than they are given memory for
-            return None
-        compared = slice(None, None, _COMPARED)
-        return found if found[compared] == by_backend(texts[compared]) else None
+    @cached_property
+    def _usual(self) -> _Way:
+        return self._one_by_one if self._backend is None else partial(_by_backend, self._backend)
 
     @cached_property
     def _backend(self) -> Tokenizer | None:
@@ -80,20 +81,22 @@ class BulkTokenizer:
         return backend if self._is_same(partial(_by_backend, backend)) else None
 
     @cached_property
-    def _fast(self) -> Any:
+    def _fast(self) -> _Way | None:
+        if self._backend is None:
+            return None
         # Tasks have a CPU each; every thread has a cache of its own, of 80 MiB at most.
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         try:
             from fastokens import Tokenizer as Fast
 
-            fast = Fast.from_json_str(self._json)
+            way = partial(_by_fast, Fast.from_json_str(self._json))
         # there is no wheel for this machine; or the tokenizer has a step that it does not know
         except (ImportError, ValueError):
             return None
-        return fast if self._is_same(partial(_by_fast, fast)) else None
+        return way if self._is_same(way) else None
 
-    def _is_same(self, ids: Callable[[Sequence[str], bool], _Ids]) -> bool:
-        return all(ids(self._tried, add) == self._one_by_one(self._tried, add) for add in (False, True))
+    def _is_same(self, way: _Way) -> bool:
+        return all(way(self._tried, add) == self._one_by_one(self._tried, add) for add in (False, True))
 
     @property
     def _json(self) -> str:

@@ -1,7 +1,8 @@
 """How a chat template writes an answer that is only text: found once for each shape of a conversation.
 
 Most answers are, and to render the finished conversation of each only shows again what a template puts before and
-behind them. It may depend on who has spoken before, as Qwen3's does, but not on the words.
+behind them. That may depend on who has spoken before, as with Qwen3, but not on the words. Where words change how the
+prompt ends, as a `/no_think` does with some, the answer is rendered after all.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from raytune_ds.data.formats import Message, RowError
 from raytune_ds.data.thinking import CLOSE, OPEN
 
 _SHAPES = 4096
-_WORD = "x"
+_WORD, _LAST = "x", "the last word"
 _ANSWERS = ("The answer, 42", "1. *More*\n\nthan one line: é 好")
 _CALL = {"type": "function", "function": {"name": _WORD, "arguments": {_WORD: _WORD}}}
 _TOOL = {
@@ -45,6 +46,14 @@ class _Spoken(NamedTuple):
         return message | dict.fromkeys(self.others, _WORD)
 
 
+class _Around(NamedTuple):
+    """What is before and behind an answer, and what the prompt ends with."""
+
+    prompt_end: str
+    ahead: str
+    behind: str
+
+
 class PlainAnswers:
     """What one chat template puts around them."""
 
@@ -55,12 +64,13 @@ class PlainAnswers:
 
     def written(
         self,
+        prompt: str,
         before: Sequence[Message],
         answer: Message,
         tools: Sequence[dict[str, Any]],
         thinking: bool | None,
     ) -> str | None:
-        """An answer with its end token, as it follows the prompt of the messages before it.
+        """An answer with its end token, as it follows `prompt`, which was rendered from the messages before it.
 
         None where it is more than text, or the template does something else with it than to put something around it.
         """
@@ -74,12 +84,15 @@ class PlainAnswers:
         ):
             return None
         around = self._around(tuple(map(_Spoken.of, before)), bool(tools), thinking)
-        return None if around is None else around[0] + content + around[1]
+        if around is None or not prompt.endswith(around.prompt_end):
+            return None
+        return around.ahead + content + around.behind
 
     def _found_around(
         self, before: tuple[_Spoken, ...], has_tools: bool, thinking: bool | None
-    ) -> tuple[str, str] | None:
+    ) -> _Around | None:
         messages, tools = [spoken.with_words() for spoken in before], [_TOOL] * has_tools
+        messages[-1]["content"] = _LAST * before[-1].says
         found = set()
         for content in _ANSWERS:
             finished = [*messages, {"role": "assistant", "content": content}]
@@ -89,8 +102,8 @@ class PlainAnswers:
             except RowError:
                 return None
             rendered, _ = self._template.said(prompt, whole)
-            ahead, _, behind = rendered.partition(content)
             if rendered.count(content) != 1:
                 return None
-            found.add((ahead, behind))
+            ahead, _, behind = rendered.partition(content)
+            found.add(_Around(prompt.rpartition(_LAST)[2], ahead, behind))
         return found.pop() if len(found) == 1 else None

@@ -226,7 +226,7 @@ class Encoder:
         """
         opened, bare = opener(prompt.text), part(message).bare
         if not opened and not reasoning:
-            plain = self._plain.written(prompt.messages, message, prompt.tools, prompt.switch)
+            plain = self._plain.written(prompt.text, prompt.messages, message, prompt.tools, prompt.switch)
             if plain is not None:
                 return plain
         finished = self._finished(prompt, message)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import sys
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from raytune_ds.data import bulk
@@ -29,7 +32,7 @@ CUTS = {
     "llama3": [rf"{_WORDS}|\p{{N}}{{1,3}}|{_SIGNS}|{_ENDS}"],
 }
 TEXTS = [f"{row}" for row in general_rows()][:300]
-MANY = 200
+MANY = [f"text {number}, of many" for number in range(100 * bulk._COMPARED)]
 
 
 def trained(cuts: list[str], model: Any = None, trainer: Any = None) -> PreTrainedTokenizerFast:
@@ -79,9 +82,7 @@ def test_every_character_as_the_tokenizer_itself(family: str) -> None:
     one = at_once(tokenizer)
     assert one._fast is not None
     texts = every_character()
-    found = [encoding.ids for encoding in one._fast.encode_batch(texts)]
-    assert found == alone(tokenizer, texts)
-    assert one.ids(texts) == found
+    assert one._fast(texts, False) == alone(tokenizer, texts)
 
 
 @pytest.mark.parametrize("family", CUTS)
@@ -95,63 +96,80 @@ def test_any_text_as_the_tokenizer_itself(family: str) -> None:
     ]
     texts = ["".join(chance.choices(parts, k=chance.randint(0, 25))) for _ in range(3000)]
     texts += [" " * 50_000, "a" * 50_000, "\n" * 50_000, "中" * 50_000, "<think>" * 5_000]
-    found = [encoding.ids for encoding in at_once(tokenizer)._fast.encode_batch(texts)]
-    assert found == alone(tokenizer, texts)
+    one = at_once(tokenizer)
+    assert one._fast is not None
+    assert one._fast(texts, False) == alone(tokenizer, texts)
 
 
-def test_what_is_around_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_around_a_text() -> None:
     """A document's BOS comes from the tokenizer, whichever way is taken."""
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = trained(CUTS["qwen2"])
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|end|> $A", None, [("<|end|>", 0)])
     one = at_once(tokenizer)
     assert one._fast is not None
     for add in (False, True):
-        (ids, *_) = one.ids(["a b"] * MANY, add_special_tokens=add)
+        (ids, *_) = one._fast(["a b"], add)
         assert ids == tokenizer("a b", add_special_tokens=add)["input_ids"]
         assert (ids[0] == tokenizer.eos_token_id) == add
 
 
-def test_the_fast_way_is_taken_where_it_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, taken = trained(CUTS["qwen2"]), list[int]()
-    monkeypatch.setattr(bulk, "_by_fast", lambda fast, texts, add: taken.append(len(texts)) or [])
+class Noted:
+    """A way that notes how many texts went it, and gives tokens that nobody else gives."""
+
+    def __init__(self, one: BulkTokenizer, wrong_from: int = 0) -> None:
+        self.taken: list[int] = []
+        self.wrong_from, self.usual = wrong_from, one._usual
+        one.__dict__["_fast"] = self
+
+    def __call__(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        self.taken.append(len(texts))
+        right = self.usual(texts, add_special_tokens)
+        return [ids if place < self.wrong_from else [*ids, 0] for place, ids in enumerate(right)]
+
+
+def test_the_fast_way_is_taken_where_it_is_worth_it() -> None:
+    tokenizer = trained(CUTS["qwen2"])
     one = BulkTokenizer(tokenizer, [])
-    one.__dict__["_fast"] = object()
-    one.ids(["few"] * MANY)
-    assert not taken
+    noted = Noted(one, wrong_from=10**9)
+    one.ids(MANY[:100])
+    assert noted.taken == []  # few, and the first ones
     one._seen = bulk._WORTH_IT * len(tokenizer)
-    one.ids(["alone"])
-    assert not taken
-    one.ids(["many"] * MANY)
-    assert taken == [MANY]
+    one.ids(MANY[:100])
+    assert noted.taken == []  # few
+    one.ids(MANY)
+    assert noted.taken == [len(MANY) / bulk._COMPARED, len(MANY)]
+    one.ids(["long " * len(MANY) * 10])
+    assert noted.taken[2:] == [1, 1]
 
 
 def test_what_makes_other_tokens_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it does so of what is compared, in a batch or when it is tried first."""
     tokenizer = trained(CUTS["qwen2"])
     one = at_once(tokenizer)
-    texts = [f"text {number}" for number in range(MANY)]
-    assert one._fast is not None
-    by_fast = bulk._by_fast
-    monkeypatch.setattr(bulk, "_by_fast", lambda *given: [[*ids, 0] for ids in by_fast(*given)])
-    assert one.ids(texts) == alone(tokenizer, texts)
-    assert at_once(tokenizer)._fast is None  # found when it was tried
+    noted = Noted(one, wrong_from=1)
+    assert one.ids(MANY) == alone(tokenizer, MANY)
+    assert noted.taken == [len(MANY) / bulk._COMPARED]
+    assert at_once(tokenizer)._fast is not None
+    monkeypatch.setattr(bulk, "_by_fast", lambda fast, texts, add: [[0] for _ in texts])
+    assert at_once(tokenizer)._fast is None
 
 
 def test_what_is_refused_is_made_by_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the beginning, and by a text that its regular expressions can't get through."""
+    """At the beginning, for want of a wheel, and by a text that its regular expressions can't get through."""
     unknown = {"unk_token": "<unk>", "special_tokens": ["<unk>"]}
     trainer = trainers.UnigramTrainer(vocab_size=300, show_progress=False, **unknown)
     unigram = trained([], models.Unigram(), trainer)
     assert at_once(unigram)._fast is None
-    assert at_once(unigram).ids(TEXTS) == alone(unigram, TEXTS)
-
-    tokenizer = trained(CUTS["qwen2"])
-    one = at_once(tokenizer)
-    assert one._fast is not None
+    assert at_once(unigram).ids(MANY) == alone(unigram, MANY)
 
     def gives_up(*_: Any) -> list[list[int]]:
         raise ValueError("match limit exceeded")
 
-    monkeypatch.setattr(bulk, "_by_fast", gives_up)
-    assert one.ids(TEXTS) == alone(tokenizer, TEXTS)
+    tokenizer = trained(CUTS["qwen2"])
+    one = at_once(tokenizer)
+    one.__dict__["_fast"] = gives_up
+    assert one.ids(MANY) == alone(tokenizer, MANY)
+
+    monkeypatch.setitem(sys.modules, "fastokens", None)
+    assert at_once(tokenizer)._fast is None
+    assert at_once(tokenizer).ids(MANY) == alone(tokenizer, MANY)

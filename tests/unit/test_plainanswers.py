@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from raytune_ds.data.formats import Example, RowError
 from raytune_ds.data.plainanswers import PlainAnswers
 from raytune_ds.data.template import Encoder
+from raytune_ds.model.tiny import EOS
 from tests.families import FAMILIES, Message, Tokenizers
-from tests.unit.test_template import call, contents, said, tokenizers
+from tests.unit.test_template import call, contents, said, supervised_runs, tokenizers
 
 __all__ = ["tokenizers"]
 light = settings(max_examples=60, deadline=None)
@@ -112,3 +113,24 @@ def test_a_template_that_looks_at_the_words_is_asked_each_time(
     encoder = Encoder(tokenizer)
     for number in range(2):
         assert num_finished(encoder, said("a", f"b {number}"), monkeypatch) > 0
+
+
+def test_words_that_change_how_the_prompt_ends(
+    tokenizers: Tokenizers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a question may turn thinking off: what the prompt has closed already is no part of the answer."""
+    closed = "<think>\n\n</think>\n\n"
+    template = (
+        "{% for m in messages %}{{ '<U>' if m.role == 'user' else '<A>' }}"
+        f"{{% if m.role == 'assistant' and loop.last %}}{closed}{{% endif %}}"
+        "{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<A>"
+        f"{{% if '/no_think' in messages[-1].content %}}{closed}{{% endif %}}{{% endif %}}"
+    )
+    tokenizer = tokenizers["closed"]
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    encoder = Encoder(tokenizer)
+    for asked, expected in (("a", f"{closed}b"), ("a /no_think", "b"), ("c", f"{closed}b")):
+        (sequence,) = encoder.encode(Example(tuple(said(asked, "b"))))
+        ((_, own),) = supervised_runs([sequence])
+        assert tokenizer.decode(own) == expected + EOS
