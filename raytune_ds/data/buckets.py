@@ -17,7 +17,6 @@ from raytune_ds.data.mixture import times_drawn
 from raytune_ds.data.packing import first_fit_decreasing
 from raytune_ds.data.scatter import memory_mib
 from raytune_ds.data.store import (
-    FILE_SHIFT,
     PACK_SCHEMA,
     ROW_GROUP,
     SPLITS,
@@ -93,7 +92,7 @@ def _mixed(documents: pa.Table, rows: np.ndarray, job: Job, quotas: Quotas) -> n
 
 
 def _sources_of(documents: pa.Table, job: Job) -> np.ndarray:
-    return np.array(job.source_of_file)[documents.column("doc").to_numpy() >> FILE_SHIFT]
+    return job.sources_of(documents.column("doc").to_numpy())
 
 
 def _pieces(documents: pa.Table) -> np.ndarray:
@@ -126,7 +125,7 @@ def _counted(tables: Iterator[pa.Table], parts: np.ndarray, job: Job) -> Iterato
             in_one(packs.column(name)).flatten().to_numpy() for name in ("lengths", "docs", "weights")
         )
         supervised = np.add.reduceat(weights != 0, np.cumsum(lengths) - lengths, dtype=np.int64)
-        sources = np.array(job.source_of_file)[docs >> FILE_SHIFT]
+        sources = job.sources_of(docs)
         for place, count in enumerate((None, lengths, supervised)):
             parts[:, place] += np.bincount(sources, count, len(job.sources)).astype(np.int64)
         yield packs

@@ -128,14 +128,16 @@ class ChatTemplate:
         thinking: bool | None,
     ) -> list[str]:
         switch: dict[str, Any] = {} if thinking is None else dict.fromkeys(_SWITCHES, thinking)
+        shared = {
+            "tools": list(tools) or None,
+            "add_generation_prompt": generate,
+            "tokenize": False,
+            **switch,
+        }
         try:
-            return self._tokenizer.apply_chat_template(  # type: ignore[return-value]  # as nothing is tokenized
-                conversations,
-                tools=list(tools) or None,
-                add_generation_prompt=generate,
-                tokenize=False,
-                **switch,
-            )
+            if len(conversations) == 1:
+                return [str(self._tokenizer.apply_chat_template(conversations[0], **shared))]
+            return [*map(str, self._tokenizer.apply_chat_template(conversations, **shared))]
         except (TemplateError, TypeError, ValueError) as error:
             raise RowError(f"the chat template refuses it: {error}") from error
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from raytune_ds import storage
 from raytune_ds.data.job import Job, Tally
+from raytune_ds.data.sketch import MINIMA
 
 DOCUMENT_SCHEMA = pa.schema(
     {
@@ -36,7 +37,7 @@ MARK_SCHEMA = pa.schema(
         "exact": pa.bool_(),  # or even the same
         "doc": pa.int64(),
         "eval_key": pa.uint64(),
-        "sketch": pa.binary(),  # how much alike; see sketch
+        "sketch": pa.binary(MINIMA),  # how much alike; see sketch
     }
 )
 _TALLY = b"tally"
@@ -130,11 +131,11 @@ def _gathered(
         for column, part in zip(parts, batch.columns, strict=True):
             column.append(part)
     # Column by column, so that only one is there twice.
-    return pa.table([_in_one(parts.pop(0), field.type) for field in wanted], schema=wanted)
+    return pa.table([_joined(parts.pop(0), field.type) for field in wanted], schema=wanted)
 
 
-def _in_one(parts: list[pa.Array], type: pa.DataType) -> pa.Array:
-    return pa.concat_arrays(parts) if parts else pa.array([], type)
+def _joined(parts: list[pa.Array], kind: pa.DataType) -> pa.Array:
+    return pa.concat_arrays(parts) if parts else pa.array([], kind)
 
 
 def _batches(folder: str, bucket: int, columns: list[str]) -> Iterator[pa.RecordBatch]:

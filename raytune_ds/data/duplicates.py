@@ -14,7 +14,7 @@ import pyarrow as pa
 from raytune_ds.data.chunks import bucket_marks, give_back
 from raytune_ds.data.job import Job
 from raytune_ds.data.sketch import ALIKE, MINIMA, likeness
-from raytune_ds.data.store import FILE_SHIFT, in_one
+from raytune_ds.data.store import in_one
 
 KINDS = ("duplicates", "leaked", "near-duplicates", "nearly-leaked")
 _AT_ONCE = 1 << 14  # sketches that are compared
@@ -59,7 +59,9 @@ class _Pairs:
         self._num_new = 0
 
     def add(self, pairs: np.ndarray) -> None:
-        self._new.append(pairs)
+        if len(pairs) == 0:
+            return
+        self._new.append(pairs.copy())  # or all that came with them would stay as well
         self._num_new += len(pairs)
         if self._num_new > len(self._known):
             self.each_once()
@@ -96,7 +98,7 @@ def _found_in(marks: pa.Table, order: np.ndarray, job: Job, thresholds: tuple[in
     docs, values, exact, eval_keys = (
         marks.column(name).to_numpy()[order] for name in ("doc", "mark", "exact", "eval_key")
     )
-    held_out = eval_keys <= _thresholds_of(docs, job, thresholds)
+    held_out = eval_keys <= np.array(thresholds, np.uint64)[job.sources_of(docs)]
     places, leads = _stretches(values, exact, held_out)
     alike = exact[places]
     for near in np.array_split(np.flatnonzero(~alike), 1 + len(alike) // _AT_ONCE):
@@ -111,10 +113,6 @@ def _found_in(marks: pa.Table, order: np.ndarray, job: Job, thresholds: tuple[in
         "held_out": int((exact & held_out).sum()),
         "pairs": {kind: _each_once(pairs[kinds == number]) for number, kind in enumerate(KINDS)},
     }
-
-
-def _thresholds_of(docs: np.ndarray, job: Job, thresholds: tuple[int, ...]) -> np.ndarray:
-    return np.array(thresholds, np.uint64)[np.array(job.source_of_file)[docs >> FILE_SHIFT]]
 
 
 def _sketches(marks: pa.Table, rows: np.ndarray) -> np.ndarray:

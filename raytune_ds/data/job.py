@@ -7,9 +7,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from raytune_ds.data.inputs import Input
 from raytune_ds.data.mixture import Source
 from raytune_ds.data.sightings import Sightings
+from raytune_ds.data.store import FILE_SHIFT
 from raytune_ds.data.thinking import Thinking
 from raytune_ds.data.tokenizer import TokenizerSpec
 
@@ -46,6 +49,15 @@ class Job:
     def source_of_file(self) -> tuple[int, ...]:
         """For each input the index of its source."""
         return tuple(item.source.index for item in self.inputs)
+
+    @property
+    def text_bytes(self) -> int:
+        """About how much text there is in all of it, in bytes."""
+        return sum(item.text_bytes for item in self.inputs)
+
+    def sources_of(self, docs: np.ndarray) -> np.ndarray:
+        """Of rows by their ids, the index of the source of each."""
+        return np.array(self.source_of_file)[docs >> FILE_SHIFT]
 
     @property
     def places(self) -> dict[str, Any]:

@@ -44,9 +44,9 @@ def has_literals(text: str) -> bool:
 class Literals:
     """Control tokens of one tokenizer, where they are only text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """`tokenizer` carries the chat template."""
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_chars: int = 0) -> None:
+        """`tokenizer` carries the chat template; about `num_chars` characters are to come."""
+        self._tokenizer, self._num_chars = tokenizer, num_chars
 
     def guarded(self, example: Example) -> Example:
         """The example with marks in all that must not become a control token.
@@ -95,7 +95,7 @@ class Literals:
 
     @cached_property
     def _bulk(self) -> BulkTokenizer:
-        return BulkTokenizer(self._tokenizer, self._probes)
+        return BulkTokenizer(self._tokenizer, self._probes, self._num_chars)
 
     def _plain_ids(self, text: str) -> list[int]:
         if not self._tokenizer.is_fast:

@@ -113,8 +113,7 @@ def _list_rejected(job: Job) -> None:
 
 def _task_chars(job: Job) -> int:
     """Text that one task encodes, a chunk after the other: all CPUs have work, and not much of it is to begin tasks."""
-    text_bytes = sum(item.text_bytes for item in job.inputs)
-    return int(max(job.chunk_chars, min(text_bytes / (_TASKS_A_CPU * tasks.num_cpus()), _LARGEST_TASK)))
+    return int(max(job.chunk_chars, min(job.text_bytes / (_TASKS_A_CPU * tasks.num_cpus()), _LARGEST_TASK)))
 
 
 def _shares(job: Job) -> Iterator[list[int]]:
@@ -134,10 +133,9 @@ def _scatter(job: Job, fail: bool) -> Tally:
     """Encodes all rows and scatters the sequences over the buckets."""
     total, names = Tally(), list[str]()
     started = time.monotonic()
-    text_bytes = sum(item.text_bytes for item in job.inputs)
     told_readers = {"job": job, "done": finished(job), "task_chars": _task_chars(job)}
     with (
-        ProgressLine("preparing", text_bytes) as progress,
+        ProgressLine("preparing", job.text_bytes) as progress,
         tasks.each_read(read_chunks, _shares(job), told_readers, encode_chunks, job=job) as encoded,
     ):
         for name, tally in chain.from_iterable(encoded):

@@ -1,8 +1,9 @@
 """How a chat template writes an answer that is only text: found once for each shape of a conversation.
 
 Most answers are, and to render the finished conversation of each only shows again what a template puts before and
-behind them. That may depend on who has spoken before, as with Qwen3, but not on the words. Where words change how the
-prompt ends, as a `/no_think` does with some, the answer is rendered after all.
+behind them. That may depend on who has spoken before, as with Qwen3, but hardly on the words. Where these change how
+the prompt ends, as a `/no_think` does with some, or begin with a tag, as what Qwen3 takes for the output of a tool and
+not for a question, the answer is rendered after all.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from raytune_ds.data.chat import ChatTemplate
-from raytune_ds.data.formats import Message, RowError
+from raytune_ds.data.formats import Message
 from raytune_ds.data.thinking import CLOSE, OPEN
 
-_SHAPES = 4096
+_SHAPES = 1024
 _WORD, _LAST = "x", "the last word"
 _ANSWERS = ("The answer, 42", "1. *More*\n\nthan one line: é 好")
 _CALL = {"type": "function", "function": {"name": _WORD, "arguments": {_WORD: _WORD}}}
@@ -83,6 +84,8 @@ class PlainAnswers:
             or CLOSE in content
         ):
             return None
+        if any(message["content"].lstrip().startswith("<") for message in before):
+            return None
         around = self._around(tuple(map(_Spoken.of, before)), bool(tools), thinking)
         if around is None or not prompt.endswith(around.prompt_end):
             return None
@@ -94,16 +97,16 @@ class PlainAnswers:
         messages, tools = [spoken.with_words() for spoken in before], [_TOOL] * has_tools
         messages[-1]["content"] = _LAST * before[-1].says
         found = set()
-        for content in _ANSWERS:
-            finished = [*messages, {"role": "assistant", "content": content}]
-            try:
-                prompt = self._template.render(messages, tools, generate=True, thinking=thinking)
+        try:
+            prompt = self._template.render(messages, tools, generate=True, thinking=thinking)
+            for content in _ANSWERS:
+                finished = [*messages, {"role": "assistant", "content": content}]
                 whole = self._template.render(finished, tools, generate=False, thinking=thinking)
-            except RowError:
-                return None
-            rendered, _ = self._template.said(prompt, whole)
-            if rendered.count(content) != 1:
-                return None
-            ahead, _, behind = rendered.partition(content)
-            found.add(_Around(prompt.rpartition(_LAST)[2], ahead, behind))
+                rendered, _ = self._template.said(prompt, whole)
+                ahead, *others = rendered.split(content)
+                if len(others) != 1:
+                    return None
+                found.add(_Around(prompt.rpartition(_LAST)[2], ahead, others[0]))
+        except Exception:  # of a conversation that is none; with the real one it may be fine
+            return None
         return found.pop() if len(found) == 1 else None

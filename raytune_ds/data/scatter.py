@@ -149,9 +149,11 @@ def _encode_chunk(chunk: Chunk, job: Job) -> Tally:
 
 
 @lru_cache(maxsize=4)
-def _tools(spec: TokenizerSpec, last_turn_only: bool, thinking: Thinking) -> tuple[Encoder, Inspector]:
+def _tools(
+    spec: TokenizerSpec, last_turn_only: bool, thinking: Thinking, num_chars: int
+) -> tuple[Encoder, Inspector]:
     """What a process works with; what they find out of a tokenizer they find out once."""
-    encoder = Encoder(load_tokenizer(spec), last_turn_only, thinking)
+    encoder = Encoder(load_tokenizer(spec), last_turn_only, thinking, num_chars)
     return encoder, Inspector(encoder)
 
 
@@ -160,7 +162,7 @@ class _Work:
 
     def __init__(self, job: Job, file: int) -> None:
         self.job, self.file, self.input = job, file, job.inputs[file]
-        self.encoder, self.inspector = _tools(job.tokenizer, job.last_turn_only, job.thinking)
+        self.encoder, self.inspector = _tools(job.tokenizer, job.last_turn_only, job.thinking, job.text_bytes)
         self.encoder.turns.clear()
         self.tally = Tally()
         self.documents: dict[str, list[Any]] = {name: [] for name in DOCUMENT_SCHEMA.names}

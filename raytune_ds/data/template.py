@@ -74,13 +74,14 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         last_turn_only: bool = False,
         thinking: Thinking = "auto",
+        num_chars: int = 0,
     ) -> None:
         """`tokenizer` carries the chat template; with `last_turn_only` earlier answers are context.
 
-        `thinking` is what data.thinking says: keep, drop or auto.
+        `thinking` is what data.thinking says: keep, drop or auto. About `num_chars` characters are to come.
         """
         self.tokenizer, self.thinking, self._last_turn_only = tokenizer, thinking, last_turn_only
-        self.literals, self._template = Literals(tokenizer), ChatTemplate(tokenizer)
+        self.literals, self._template = Literals(tokenizer, num_chars), ChatTemplate(tokenizer)
         self._plain, self._tokens = PlainAnswers(self._template), TurnTokens(self.literals)
         self.turns: Counter[str] = Counter()
         """Answers of the conversations encoded so far, by what became of their reasoning (`thinking`)."""
@@ -215,8 +216,8 @@ class Encoder:
             fate = DROPPED if self.thinking == "drop" else BARRED if barred else KEPT
         else:
             fate = ENDED if begins_empty(answer) else NONE
-        modes = {True: " in thinking mode", False: " in non-thinking mode"}
-        return RenderedTurn(prompt.text, answer, fate + modes[thinking] * self._template.has_switch)
+        mode = " in thinking mode" if thinking else " in non-thinking mode"
+        return RenderedTurn(prompt.text, answer, fate + mode * self._template.has_switch)
 
     def _answer(self, prompt: _Prompt, message: Message, reasoning: str) -> str:
         """The supervised text of a turn: as the template renders it if it keeps it whole, else written here.

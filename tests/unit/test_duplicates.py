@@ -14,7 +14,7 @@ from raytune_ds.data.chunks import MARK_SCHEMA
 from raytune_ds.data.duplicates import KINDS, Doubles
 from raytune_ds.data.sketch import ALIKE, MINIMA
 
-JOB: Any = SimpleNamespace(source_of_file=(0,))
+JOB: Any = SimpleNamespace(sources_of=lambda docs: np.zeros(len(docs), np.int64))
 THRESHOLD = 100
 BANDS = 3
 

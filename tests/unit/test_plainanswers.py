@@ -22,6 +22,7 @@ TOOLS = ({"type": "function", "function": {"name": "find", "description": "d", "
 spoken = contents | st.sampled_from(
     [" outer spaces\n", "<think>\nwhy\n</think>\n\nso", "</think>", "a<think>b"]
 )
+questions = contents | st.just("<tool_response>\nfound\n</tool_response>")
 steps = st.sampled_from(
     [[], *([call(talk), {"role": "tool", "content": "found"}] for talk in ("", "I look."))]
 )
@@ -34,7 +35,7 @@ def examples(draw: st.DrawFn) -> Example:
     if draw(st.booleans()):
         messages.append({"role": "system", "content": draw(contents | st.just(""))})
     for asked, between, answered in draw(
-        st.lists(st.tuples(contents, steps, spoken), min_size=1, max_size=3)
+        st.lists(st.tuples(questions, steps, spoken), min_size=1, max_size=3)
     ):
         messages += [{"role": "user", "content": asked}, *between, {"role": "assistant", "content": answered}]
         if draw(st.integers(0, 4)) == 0:
