@@ -72,11 +72,21 @@ def calm(tmp_path_factory: pytest.TempPathFactory, tiny: Path, data: list[str], 
     return prepared(tmp_path_factory.mktemp("calm"), tiny, data)
 
 
-@pytest.mark.parametrize("at_once", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("at_once", "workers_a_reader"), [(1, 8), (2, 1), pytest.param(2, 8, marks=pytest.mark.slow)]
+)
 def test_the_number_of_tasks_does_not_matter(
-    tmp_path: Path, tiny: Path, data: list[str], calm: Any, at_once: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny: Path,
+    data: list[str],
+    calm: Any,
+    at_once: int,
+    workers_a_reader: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Nor whether tasks read, or who asks."""
     monkeypatch.setattr(tasks, "_AHEAD", 1)
+    monkeypatch.setattr(tasks, "_WORKERS_A_READER", workers_a_reader)
     monkeypatch.setattr(tasks, "num_cpus", lambda: at_once)
     assert content(prepared(tmp_path, tiny, data)) == content(calm)
 
