@@ -18,6 +18,7 @@ from raytune_ds.data.store import in_one
 
 KINDS = ("duplicates", "leaked", "near-duplicates", "nearly-leaked")
 _AT_ONCE = 1 << 14  # sketches that are compared
+_FEW = 1 << 16  # pairs that may wait
 
 
 class Doubles:
@@ -51,10 +52,13 @@ class Doubles:
 
 
 class _Pairs:
-    """Pairs of ids, of which there may be several for a row until somebody asks."""
+    """Pairs of ids, of which there may be several for a row; only the one with the first of the others stays.
+
+    It takes 16 bytes a row, and little more while others come.
+    """
 
     def __init__(self) -> None:
-        self._known = np.empty((0, 2), np.int64)
+        self._rows, self._others = np.empty(0, np.int64), np.empty(0, np.int64)
         self._new: list[np.ndarray] = []
         self._num_new = 0
 
@@ -63,15 +67,27 @@ class _Pairs:
             return
         self._new.append(pairs.copy())  # or all that came with them would stay as well
         self._num_new += len(pairs)
-        if self._num_new > len(self._known):
-            self.each_once()
+        if self._num_new > max(_FEW, len(self._rows) // 8):
+            self._settle()
 
     def each_once(self) -> np.ndarray:
-        """Each row with the first of its others."""
-        if self._new:
-            self._known = _each_once(np.concatenate([self._known, *self._new]))
-            self._new, self._num_new = [], 0
-        return self._known
+        """int64 [n, 2], in order."""
+        self._settle()
+        return np.stack([self._rows, self._others], axis=1)
+
+    def _settle(self) -> None:
+        if self._num_new == 0:
+            return
+        rows, others = _each_once(np.concatenate(self._new)).T
+        self._new, self._num_new = [], 0
+        places = np.searchsorted(self._rows, rows)
+        known = np.zeros(len(rows), bool)
+        within = places < len(self._rows)
+        known[within] = self._rows[places[within]] == rows[within]
+        there = places[known]
+        self._others[there] = np.minimum(self._others[there], others[known])
+        self._others = np.insert(self._others, places[~known], others[~known])
+        self._rows = np.insert(self._rows, places[~known], rows[~known])
 
 
 def _each_once(pairs: np.ndarray) -> np.ndarray:

@@ -180,10 +180,12 @@ def _ours(work: Work) -> Packs:
     config = compose([], [f"model.name={work.model}", *settings])
     store = prepare(config, Inputs.find(config.data), TokenizerSpec(str(work.model)), str(work.folder))
     seconds = time.perf_counter() - started
-    shards = [
-        pq.read_table(f"{store.path}/{name}", columns=["lengths"]) for name, _ in store.split("train").shards
-    ]
-    used = [sum(lengths) for shard in shards for lengths in shard.column("lengths").to_pylist()]
+    used: list[int] = []
+    for name, _ in store.split("train").shards:
+        lengths = (
+            pq.read_table(f"{store.path}/{name}", columns=["lengths"]).column("lengths").combine_chunks()
+        )
+        used += np.add.reduceat(lengths.values.to_numpy(), lengths.offsets.to_numpy()[:-1]).tolist()
     return Packs(seconds, np.array(used), store.split("train").num_supervised, work.seq_len)
 
 

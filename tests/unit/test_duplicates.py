@@ -78,8 +78,10 @@ def test_as_one_who_looks_at_each(monkeypatch: pytest.MonkeyPatch, seed: int, at
     assert doubles.trained + doubles.held_out == 120
 
 
-def test_a_row_that_is_in_several_buckets_counts_once() -> None:
+@pytest.mark.parametrize("few", [0, 50, 1 << 16])
+def test_a_row_that_is_in_several_buckets_counts_once(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
     """Whatever the order of the buckets, with the first of the rows that it is like."""
+    monkeypatch.setattr(duplicates, "_FEW", few)
     told = [found_in(marks_of(np.random.default_rng(seed), 60)) for seed in range(6)]
     expected: dict[str, dict[int, int]] = {kind: {} for kind in KINDS}
     for bucket, kind in ((bucket, kind) for bucket in told for kind in KINDS):
