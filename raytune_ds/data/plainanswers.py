@@ -75,21 +75,12 @@ class PlainAnswers:
 
         None where it is more than text, or the template does something else with it than to put something around it.
         """
-        content = answer["content"]
-        if (
-            len(answer) > 2
-            or not content
-            or content != content.strip()
-            or OPEN in content
-            or CLOSE in content
-        ):
-            return None
-        if any(message["content"].lstrip().startswith("<") for message in before):
+        if not _is_text(answer) or any(message["content"].lstrip().startswith("<") for message in before):
             return None
         around = self._around(tuple(map(_Spoken.of, before)), bool(tools), thinking)
         if around is None or not prompt.endswith(around.prompt_end):
             return None
-        return around.ahead + content + around.behind
+        return around.ahead + answer["content"] + around.behind
 
     def _found_around(
         self, before: tuple[_Spoken, ...], has_tools: bool, thinking: bool | None
@@ -110,3 +101,10 @@ class PlainAnswers:
         except Exception:  # of a conversation that is none; with the real one it may be fine
             return None
         return found.pop() if len(found) == 1 else None
+
+
+def _is_text(answer: Message) -> bool:
+    """Whether it is nothing else, without white space around it and without tags of reasoning."""
+    content = answer["content"]
+    tagged = OPEN in content or CLOSE in content
+    return answer.keys() == {"role", "content"} and not tagged and content == content.strip() != ""

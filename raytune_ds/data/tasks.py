@@ -1,7 +1,8 @@
 """Work for all CPUs of the cluster, of which no more waits than they begin next.
 
 Ray Data begins a task a fifth of a second after the one before it has ended, and what reads faster than others work
-fills the object store. So these are tasks of Ray itself, a few for each CPU at a time.
+fills the object store. So these are tasks of Ray itself, a few for each CPU at a time; and where one reader is enough,
+who asks for the work is it.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def each_read(
 ) -> Iterator[Iterator[T]]:
     """What `work` makes of each thing that `read` yields of `shares`, as it is made, a task each.
 
-    Where there are few CPUs the process that asks reads, or there would be another one for it.
+    Where one reader is enough for the CPUs, it is the process that asks, as another one would take its memory too.
 
     Args:
         read: a generator, which gets a share, and what all readers are told; a task a share, few at a time.
