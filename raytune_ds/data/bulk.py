@@ -111,7 +111,7 @@ class BulkTokenizer:
     def _is_same(self, way: _Way) -> bool:
         try:
             return all(way(self._tried, add) == self._one_by_one(self._tried, add) for add in (False, True))
-        except Exception:  # whatever either of them makes of what its vocabulary has no token for
+        except Exception:  # of what a vocabulary has no token for; tokenizers raises nothing narrower
             return False
 
     @property

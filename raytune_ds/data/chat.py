@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from raytune_ds.data.formats import Message, RowError
+from raytune_ds.data.literal import TEMPLATE_ERRORS
 from raytune_ds.data.thinking import Thinking
 
 _SWITCHES = ("thinking", "enable_thinking")
@@ -135,10 +135,10 @@ class ChatTemplate:
             **switch,
         }
         try:
-            if len(conversations) == 1:
+            if len(conversations) == 1:  # a tokenizer with code of its own may take no more
                 return [str(self._tokenizer.apply_chat_template(conversations[0], **shared))]
             return [*map(str, self._tokenizer.apply_chat_template(conversations, **shared))]
-        except (TemplateError, TypeError, ValueError) as error:
+        except TEMPLATE_ERRORS as error:
             raise RowError(f"the chat template refuses it: {error}") from error
 
     @cached_property

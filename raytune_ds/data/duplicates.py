@@ -58,36 +58,22 @@ class _Pairs:
     """
 
     def __init__(self) -> None:
-        self._rows, self._others = np.empty(0, np.int64), np.empty(0, np.int64)
+        self._known = np.empty((0, 2), np.int64)
         self._new: list[np.ndarray] = []
-        self._num_new = 0
 
     def add(self, pairs: np.ndarray) -> None:
         if len(pairs) == 0:
             return
         self._new.append(pairs.copy())  # or all that came with them would stay as well
-        self._num_new += len(pairs)
-        if self._num_new > max(_FEW, len(self._rows) // 8):
-            self._settle()
+        if sum(map(len, self._new)) > max(_FEW, len(self._known) // 4):
+            self.each_once()
 
     def each_once(self) -> np.ndarray:
         """int64 [n, 2], in order."""
-        self._settle()
-        return np.stack([self._rows, self._others], axis=1)
-
-    def _settle(self) -> None:
-        if self._num_new == 0:
-            return
-        rows, others = _each_once(np.concatenate(self._new)).T
-        self._new, self._num_new = [], 0
-        places = np.searchsorted(self._rows, rows)
-        known = np.zeros(len(rows), bool)
-        within = places < len(self._rows)
-        known[within] = self._rows[places[within]] == rows[within]
-        there = places[known]
-        self._others[there] = np.minimum(self._others[there], others[known])
-        self._others = np.insert(self._others, places[~known], others[~known])
-        self._rows = np.insert(self._rows, places[~known], rows[~known])
+        if self._new:
+            self._known = _each_once(np.concatenate([self._known, *self._new]))
+            self._new = []
+        return self._known
 
 
 def _each_once(pairs: np.ndarray) -> np.ndarray:

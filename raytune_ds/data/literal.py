@@ -33,6 +33,16 @@ _PROBES = (
     [{"role": "system", "content": "s"}, *_ASKED, {"role": "assistant", "content": "a"}],
     [*_ASKED, {"role": "assistant", "content": "a"}, {"role": "tool", "content": "t"}],
 )
+# What the expressions of a template can raise, on what a row holds or lacks.
+TEMPLATE_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 _FORGED = re.compile(f"[{_BEGIN}{_WITHIN}{_END}]")
 
 
@@ -138,7 +148,7 @@ class Literals:
         shown = []
         for messages in _PROBES:
             # Whoever renders rows by a template that refuses will hear why.
-            with contextlib.suppress(TemplateError, TypeError, ValueError):
+            with contextlib.suppress(*TEMPLATE_ERRORS):
                 shown.append(
                     str(
                         self._tokenizer.apply_chat_template(

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from raytune_ds.data.chat import ChatTemplate
-from raytune_ds.data.formats import Message
+from raytune_ds.data.formats import Message, RowError
 from raytune_ds.data.thinking import CLOSE, OPEN
 
 _SHAPES = 1024
@@ -98,7 +98,7 @@ class PlainAnswers:
                 if len(others) != 1:
                     return None
                 found.add(_Around(prompt.rpartition(_LAST)[2], ahead, others[0]))
-        except Exception:  # of a conversation that is none; with the real one it may be fine
+        except RowError:  # of a conversation that is none; with the real one it may be fine
             return None
         return found.pop() if len(found) == 1 else None
 

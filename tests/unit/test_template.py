@@ -361,6 +361,9 @@ def test_the_first_token_is_never_a_target() -> None:
         "{{ raise_exception('roles must alternate') }}",
         "{{ messages[0].nothing.at_all }}",
         "{{ messages[0].content + 1 }}",
+        "{{ messages[0].content | dictsort }}",
+        "{{ 1 / (messages | length - 1) }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
         "{% if %}",
     ],
 )
